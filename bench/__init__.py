@@ -1,0 +1,1 @@
+"""Validates the cost model against real runs and draws the comparison."""

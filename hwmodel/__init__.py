@@ -1,0 +1,1 @@
+"""Hardware cost model for Step 3.5 Flash: memory, bandwidth, tokens per second."""

@@ -1,0 +1,1 @@
+"""Exact NumPy reference and CPU inference for Step 3.5 Flash."""

@@ -1,0 +1,87 @@
+"""What a backend offers: the interface between the mathematics and the decoding loop.
+
+The reference (`refimpl.reference.model.ReferenceModel`) and the engine implement `Backend`;
+`refimpl.decoding` knows nothing else of either. Axes: T rows of one call, H hidden_size,
+V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.config import ModelConfig
+
+Array = NDArray[Any]
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of running T tokens through the trunk.
+
+    Attributes:
+        logits: (T, V) after `decode`; (1, V), the last row only, after `prefill` unless all
+            rows were asked for.
+        hidden: (T, H), the trunk's output before the final norm: what the MTP layers take.
+    """
+
+    logits: Array
+    hidden: Array
+
+
+class Cache(Protocol):
+    """Keys and values of one sequence: trunk layers, MTP layers, and what drafting keeps."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that the trunk has processed and not rolled back."""
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that this cache can hold."""
+
+    def rollback(self, n: int) -> None:
+        """Forget the trunk's last `n` rows (rejected drafts); `n` is at most 3."""
+
+
+class Backend(Protocol):
+    """A model that can be run. All methods raise `InputError` for bad tokens or lengths."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration; `config.num_nextn_predict_layers` MTP layers are usable."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for at most `capacity` tokens."""
+
+    def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
+        """Append a chunk of a prompt; any split into chunks gives the same result."""
+
+    def decode(self, tokens: Tokens, cache: Cache) -> Step:
+        """Append 1..4 tokens (the newest token and drafts to verify); logits of every row."""
+
+    def draft(
+        self,
+        cache: Cache,
+        hidden: Array,
+        next_tokens: Tokens,
+        depth: int,
+        choose: Callable[[Array], int],
+    ) -> list[int]:
+        """Extend the MTP layers with verified rows and draft up to `depth` further tokens.
+
+        Call it after every `prefill` (each chunk; depth 0 is allowed) and every verified
+        `decode`, so that the MTP layers see every row once.
+
+        Args:
+            hidden: (R, H) rows of `Step.hidden` for the R newest verified positions, in order.
+            next_tokens: R tokens; `next_tokens[r]` is the verified token that follows row r
+                (the last one is the newest token, not yet run through the trunk).
+            depth: how many drafts are wanted, 0..number of MTP layers.
+            choose: picks a token from the draft logits (V,); called once per draft, in order.
+        """

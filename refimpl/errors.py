@@ -1,0 +1,30 @@
+"""The exception tree of refimpl.
+
+Every mistake a user can make is one of these; the command line prints the message as one line
+and exits with 2. Anything else that escapes is a bug.
+
+    RefimplError
+    ├── ConfigError       a model configuration that contradicts itself or lacks a field
+    ├── CheckpointError   a file that is damaged, incomplete, of the wrong kind, or unsafe
+    └── InputError        a prompt, token id, option or candidate file that cannot be used
+"""
+
+
+class RefimplError(ValueError):
+    """Base of all errors that are the input's fault; the message is one sentence."""
+
+
+class ConfigError(RefimplError):
+    """A configuration cannot be used; `field` names the key as spelled in the file."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"config field '{field}': {problem}")
+        self.field = field
+
+
+class CheckpointError(RefimplError):
+    """A checkpoint file cannot be used: what was found, what was expected, what to do."""
+
+
+class InputError(RefimplError):
+    """A prompt, token list, option or candidate file cannot be used."""
