@@ -37,7 +37,9 @@ def adam_rate(name: str) -> float | None:
     """Learning rate (relative to the schedule) of what AdamW trains; None for Muon's matrices."""
     if name.endswith("moe.gate.weight"):
         return 5e-4
-    if "embed_tokens" in name or name.endswith(("lm_head.weight", "shared_head.output.weight")):
+    if "embed_tokens" in name:
+        return 2e-2  # its rows have RMS 1 and each is seen seldom
+    if name.endswith(("lm_head.weight", "shared_head.output.weight")):
         return 4e-3
     if name.endswith(("norm.weight", "g_proj.weight")):
         return 2e-3

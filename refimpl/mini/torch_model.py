@@ -133,7 +133,7 @@ def fuse_plan(config: dict[str, Any], names: set[str]) -> dict[str, Fused]:
     groups = (
         ("self_attn.qkvg", tuple(f"self_attn.{x}_proj.weight" for x in "qkvg"), 0),
         ("mlp.gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
-        ("share_expert.gate_up",) + (tuple(f"share_expert.{x}_proj.weight" for x in ("gate", "up")), 0),
+        ("share_expert.gate_up", tuple(f"share_expert.{x}_proj.weight" for x in ("gate", "up")), 0),
         ("moe.gate_up", ("moe.gate_proj.weight", "moe.up_proj.weight"), 1),
     )
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
@@ -146,7 +146,7 @@ def fuse_plan(config: dict[str, Any], names: set[str]) -> dict[str, Fused]:
                 done |= set(masters)
     for name in sorted(names - done):
         if not name.endswith("router_bias"):
-            fp32 = name.endswith(("norm.weight", "layernorm.weight", "moe.gate.weight", "embed_tokens.weight"))
+            fp32 = name.endswith(("norm.weight", "moe.gate.weight", "embed_tokens.weight"))
             plan[name] = Fused((name,), 0, fp32)
     return plan
 
@@ -270,7 +270,8 @@ class Model:
     def _moe(self, h: Tensor, layer: int) -> Tensor:
         at, c = f"model.layers.{layer}.", self.config
         get = self.copies
-        x, scores = route(h, get[at + "post_attention_layernorm.weight"], get[at + "moe.gate.weight"])
+        norm, router = "post_attention_layernorm.weight", "moe.gate.weight"
+        x, scores = route(h, get[at + norm], get[at + router])
         bias = self.masters[at + "moe.router_bias"]
         experts, weights = choose(scores, bias, c["moe_top_k"], c["moe_router_scaling_factor"])
         plan = ops.dispatch(experts, c["moe_num_experts"])
@@ -311,7 +312,8 @@ class Model:
     def mtp_head(self, m: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """MTP head k: m (B,T,d), target (B,T) = x[t+2+k] -> loss and logits."""
         at = f"model.layers.{self.config['num_hidden_layers'] + k}.transformer.shared_head."
-        return head_loss(m, self.copies[at + "norm.weight"], self.copies[at + "output.weight"], target)
+        norm, head = self.copies[at + "norm.weight"], self.copies[at + "output.weight"]
+        return head_loss(m, norm, head, target)
 
     def losses(self, window: Tensor, mtp: int) -> list[Tensor]:
         """window (B, T+1+MTP) int64 -> [trunk loss, MTP-1 loss, ...], each in nats/token."""

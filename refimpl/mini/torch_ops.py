@@ -174,7 +174,9 @@ def choose(scores: Tensor, bias: Tensor, k: int, scaling: float) -> tuple[Tensor
     return experts, chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * scaling
 
 
-def shared(h: Tensor, x: Tensor, routed: Tensor, gate_up: Tensor, down: Tensor, lim: float) -> Tensor:
+def shared(
+    h: Tensor, x: Tensor, routed: Tensor, gate_up: Tensor, down: Tensor, lim: float
+) -> Tensor:
     """h + routed + shared expert: x (N,d) bf16, routed (N,d) fp32."""
     y = swiglu(x @ gate_up.t(), lim).to(BF16) @ down.t()
     return h + (routed + y.float()).view(h.shape)

@@ -27,7 +27,7 @@ CLIP = 1.0
 HELD_EVERY = 100  # steps
 LOG_EVERY = 10  # steps
 SAVE_EVERY_S = 300.0
-EMBEDDING_STD = 0.3
+EMBEDDING_STD = 1.0
 MUON_RATE = 6e-3
 FLOOR = 0.005  # of the peak rate, at the last step
 
