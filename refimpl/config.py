@@ -13,13 +13,20 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 from refimpl.errors import ConfigError
 
-FULL = "full_attention"
-SLIDING = "sliding_attention"
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
 LayerKind = Literal["full_attention", "sliding_attention"]
+PER_LAYER_FIELDS = (
+    "layer_types",
+    "rope_theta",
+    "partial_rotary_factors",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,7 @@ class ModelConfig:
     def without_mtp(self) -> ModelConfig:
         """The same model without its MTP layers, for files that lack them."""
         n = self.num_hidden_layers
-        per_layer = ("layer_types", "rope_theta", "partial_rotary_factors")
-        per_layer += ("swiglu_limits", "swiglu_limits_shared")
-        cut = {name: getattr(self, name)[:n] for name in per_layer}
+        cut = {name: getattr(self, name)[:n] for name in PER_LAYER_FIELDS}
         return dataclasses.replace(self, num_nextn_predict_layers=0, **cut)
 
     def _layer(self, i: int) -> LayerSpec:
@@ -214,8 +219,7 @@ def _check_sizes(c: ModelConfig) -> None:
 
 
 def _check_per_layer(c: ModelConfig) -> None:
-    names = "layer_types rope_theta partial_rotary_factors swiglu_limits swiglu_limits_shared"
-    for name in names.split():
+    for name in PER_LAYER_FIELDS:
         found = len(getattr(c, name))
         _require(
             found == c.num_layers,
