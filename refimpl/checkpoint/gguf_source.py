@@ -1,0 +1,97 @@
+"""GGUF files of architecture `step35` as weight sources."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refimpl.checkpoint.block_types import decode
+from refimpl.checkpoint.gguf_read import GgufFile, GgufTensor, read_gguf
+from refimpl.checkpoint.stored import (
+    DEFAULT_CACHE_BYTES,
+    StoredSource,
+    StoredTensor,
+    missing_mtp,
+    missing_tensor,
+    no_mtp_warning,
+)
+from refimpl.config import ModelConfig
+from refimpl.config_gguf import from_gguf
+from refimpl.config_io import GGUF_ARCHITECTURE
+from refimpl.errors import CheckpointError
+from refimpl.inventory import TensorSpec, gguf_inventory
+
+_ROUTER = re.compile(r"blk\.(\d{1,6})\.ffn_gate_inp\.weight")
+_MAX_ROPE_DIVISORS = 1 << 16
+
+
+def open_gguf(path: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSource:
+    """Open a GGUF file; every tensor that its keys demand is checked by name, shape and type.
+
+    MTP layers that are declared but wholly absent become a warning and are switched off.
+
+    Raises:
+        ConfigError: the keys contradict each other.
+        CheckpointError: names the file and tensor, what was found and what was expected.
+    """
+    file = read_gguf(path)
+    config = _config(file)
+    warnings = []
+    specs = gguf_inventory(config)
+    if missing_mtp(config, lambda t: _find(file, t) is not None, specs):
+        warnings.append(no_mtp_warning(path, config))
+        config = config.without_mtp()
+        specs = gguf_inventory(config)
+    tensors = [_checked(file, spec) for spec in specs]
+    extra = set(file.tensors) - {t.where.rpartition(" ")[2] for t in tensors}
+    if extra:
+        names = ", ".join(sorted(extra)[:3]) + (", ..." if len(extra) > 3 else "")
+        warnings.append(f"{path}: {len(extra)} tensors are not part of this model: {names}")
+    return StoredSource(config, tensors, warnings, cache_bytes, file.metadata)
+
+
+def _config(file: GgufFile) -> ModelConfig:
+    architecture = file.metadata.get("general.architecture")
+    if architecture != GGUF_ARCHITECTURE:
+        raise CheckpointError(
+            f"{file.path}: general.architecture is {str(architecture)[:50]!r}, expected "
+            f"'{GGUF_ARCHITECTURE}' (Step 3.5 / 3.7 Flash)"
+        )
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.dims) != 2:
+        raise CheckpointError(f"{file.path}: no 2-D tensor token_embd.weight; incomplete file")
+    matches = (_ROUTER.fullmatch(name) for name in file.tensors)
+    moe_layers = sorted(int(m.group(1)) for m in matches if m)
+    return from_gguf(file.metadata, embedding.dims[1], moe_layers, _rope_divisors(file))
+
+
+def _rope_divisors(file: GgufFile) -> Sequence[float] | None:
+    tensor = file.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return None
+    if len(tensor.dims) != 1 or tensor.dims[0] > _MAX_ROPE_DIVISORS:
+        raise CheckpointError(f"{file.path}: tensor rope_freqs.weight has shape {tensor.shape}")
+    return [float(v) for v in decode(tensor.kind, tensor.rows).astype(np.float64)[0]]
+
+
+def _find(file: GgufFile, spec: TensorSpec) -> GgufTensor | None:
+    found = file.tensors.get(spec.gguf_name)
+    if found is None and spec.key == "router_bias":  # also written without the suffix
+        found = file.tensors.get(spec.gguf_name.removesuffix(".bias"))
+    return found
+
+
+def _checked(file: GgufFile, spec: TensorSpec) -> StoredTensor:
+    tensor = _find(file, spec)
+    if tensor is None:
+        hint = "the file is incomplete or its keys belong to another model"
+        raise missing_tensor(file.path, spec.gguf_name, spec.gguf_shape, hint)
+    where = f"{file.path}: tensor {tensor.name}"
+    if tensor.dims != spec.gguf_shape:
+        raise CheckpointError(f"{where} has shape {tensor.dims}, its keys say {spec.gguf_shape}")
+    if tensor.kind.plain is None and tensor.kind.decode is None:
+        raise CheckpointError(f"{where} has type {tensor.kind.name}, which cannot be decoded here")
+    return StoredTensor(spec, tensor.kind, tensor.rows, spec.plus_one, where)

@@ -1,0 +1,242 @@
+"""Writing GGUF files that llama.cpp loads: architecture `step35`.
+
+Tensors, names, keys and transforms follow architecture.md section 4.3 and llama.cpp's converter
+(conversion/step3.py): norms hold 1 + w, the router and every vector stay F32, the llama3
+divisors travel as `rope_freqs.weight`. The header is the `gguf` package's; tensor bytes are
+written a few rows at a time, so memory stays bounded, and the file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.block_types import BlockType, block_type
+from refimpl.checkpoint.hf_write import Progress
+from refimpl.checkpoint.stored import StoredSource, StoredTensor
+from refimpl.config import FULL, ModelConfig
+from refimpl.config_gguf import to_gguf
+from refimpl.config_io import GGUF_ARCHITECTURE
+from refimpl.errors import CheckpointError, InputError
+from refimpl.inventory import TensorSpec, gguf_inventory
+from refimpl.text.vocabulary import Vocabulary
+
+Array = NDArray[Any]
+TypeOf = Callable[[TensorSpec], str]
+
+FILE_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32),
+              "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}  # fmt: skip
+"""Name to (ggml type of most matrices, `general.file_type` as llama.cpp numbers it)."""
+
+CHUNK_VALUES = 1 << 22
+_QUANTIZATION_VERSION = 2
+
+
+def default_type(file_type: str) -> TypeOf:
+    """The type of each tensor in a file of that type.
+
+    Norms, router, biases and divisors are F32. Rows that do not fill blocks fall back to F16. In
+    'q4_0' files the embedding table and the output head are Q8_0: llama-quantize gives the head
+    more bits too (Q6_K), because every token passes through it.
+    """
+    name = FILE_TYPES[file_type][0]
+
+    def type_of(spec: TensorSpec) -> str:
+        if spec.stays_f32 or len(spec.shape) == 1:
+            return "F32"
+        wanted = name
+        if name == "Q4_0" and spec.role in ("embedding", "head"):
+            wanted = "Q8_0"
+        return "F16" if spec.shape[-1] % block_type(wanted).block_values else wanted
+
+    return type_of
+
+
+def write_gguf(
+    source: StoredSource,
+    out: Path,
+    file_type: str,
+    vocabulary: Vocabulary | None = None,
+    mtp: bool = True,
+    type_of: TypeOf | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint as one GGUF file.
+
+    A tensor that already has the wanted type is copied bit by bit; others are decoded and
+    encoded a few rows at a time.
+
+    Args:
+        file_type: 'f32', 'f16', 'bf16', 'q8_0' or 'q4_0'.
+        vocabulary: the tokenizer; without one the file says so and prompts must be token ids.
+        mtp: whether the MTP layers are written.
+        type_of: the type of each tensor, in place of `default_type(file_type)`.
+        name: `general.name`; the default is the name of the output file.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        InputError: unknown type, or the file cannot be written.
+        CheckpointError: a value does not fit the type.
+        ConfigError: the configuration cannot be expressed in GGUF.
+    """
+    if file_type not in FILE_TYPES:
+        raise InputError(f"type is {file_type!r}, expected one of {', '.join(FILE_TYPES)}")
+    config = source.config if mtp else source.config.without_mtp()
+    choose = type_of or default_type(file_type)
+    plan = [(spec, block_type(choose(spec))) for spec in gguf_inventory(config)]
+    sizes = [kind.row_bytes(s.shape[-1]) * (s.elements // s.shape[-1]) for s, kind in plan]
+    writer = _header(config, file_type, vocabulary, name or Path(out).stem)
+    for (spec, kind), size in zip(plan, sizes, strict=True):
+        ggml = _ggml_type(kind)
+        writer.add_tensor_info(spec.gguf_name, spec.shape, np.dtype(np.float32), size, ggml)
+    done, total = 0, sum(sizes)
+    with atomic_file(out) as file:
+        _write_header(writer, Path(file.name))
+        file.seek(0, 2)
+        _pad(file, writer.data_alignment)
+        for (spec, kind), size in zip(plan, sizes, strict=True):
+            before = file.tell()
+            for block in _encoded(source, spec, kind):
+                file.write(block.data)
+                done += block.nbytes
+                if progress:
+                    progress(done, total)
+            if file.tell() - before != size:
+                raise AssertionError(f"{spec.gguf_name}: wrote {file.tell() - before} of {size}")
+            _pad(file, writer.data_alignment)
+
+
+def _ggml_type(kind: BlockType) -> Any:
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType(kind.ggml_id)
+
+
+def _header(config: ModelConfig, file_type: str, vocabulary: Vocabulary | None, name: str) -> Any:
+    from gguf import GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(None, GGUF_ARCHITECTURE)
+    writer.add_type("model")
+    writer.add_name(name)
+    for key, value in to_gguf(config).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.INT32}
+            kind = kinds.get(type(value[0]), GGUFValueType.FLOAT32)
+            writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
+    writer.add_file_type(FILE_TYPES[file_type][1])
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    if vocabulary is None:
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, vocabulary, config)
+    return writer
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: ModelConfig) -> None:
+    if len(vocabulary.tokens) != config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {len(vocabulary.tokens)} entries, expected {config.vocab_size}, "
+            "the rows of the embedding table"
+        )
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    writer.add_token_merges(list(vocabulary.merges))
+    for kind, token in vocabulary.special_ids.items():
+        writer.add_uint32(_special_key(kind), token)
+    if vocabulary.add_bos is not None:
+        writer.add_add_bos_token(vocabulary.add_bos)
+    if vocabulary.add_eos is not None:
+        writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _special_key(kind: str) -> str:
+    names = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # GGUF's own spelling
+    return f"tokenizer.ggml.{names.get(kind, kind)}_token_id"
+
+
+def _write_header(writer: Any, path: Path) -> None:
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _pad(file: Any, alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
+
+
+def _encoded(source: StoredSource, spec: TensorSpec, kind: BlockType) -> Iterator[Array]:
+    if spec.key == "rope_freqs":
+        yield rope_divisors(source.config)
+        return
+    tensor = source.stored(spec.key, spec.layer)
+    if spec.plus_one:
+        scale = source.norm_scale(spec.key, spec.layer, np.float32)
+        yield _encode(scale[None, :], kind, tensor.where)
+    elif tensor.kind.name == kind.name:
+        for start, stop in _row_ranges(tensor):
+            yield np.ascontiguousarray(tensor.rows[start:stop])
+    else:
+        for start, stop in _row_ranges(tensor):
+            values = tensor.values(start, stop).astype(np.float32, copy=False)
+            yield _encode(values, kind, tensor.where)
+
+
+def _row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_VALUES // tensor.spec.shape[-1])
+    n = tensor.rows.shape[0]
+    for start in range(0, n, step):
+        yield start, min(n, start + step)
+
+
+def _encode(values: Array, kind: BlockType, where: str) -> Array:
+    """float32 (rows, n) to stored bytes (rows, row_bytes)."""
+    from gguf.quants import quantize
+
+    finite = np.isfinite(values).all()
+    if kind.plain is not None:
+        with np.errstate(over="ignore"):
+            plain = values.astype(kind.plain)
+        if finite and not np.isfinite(plain.astype(np.float32)).all():
+            peak = float(np.abs(values).max())
+            raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
+        return np.ascontiguousarray(plain).view(np.uint8)
+    if not finite:
+        raise CheckpointError(f"{where} holds a value that is not finite; {kind.name} has none")
+    return np.ascontiguousarray(quantize(np.ascontiguousarray(values), _ggml_type(kind)))
+
+
+def rope_divisors(config: ModelConfig) -> Array:
+    """The tensor `rope_freqs.weight` (head_dim / 2,) float32: divisors of the base frequencies
+    of full-attention layers, then ones for the lanes that those layers do not rotate."""
+    from refimpl.reference.rope import llama3_divisors
+
+    padded = np.ones(config.head_dim // 2, dtype=np.float32)
+    if config.rope_divisors is not None:
+        found = np.asarray(config.rope_divisors, dtype=np.float32)[: len(padded)]
+    elif config.rope_scaling is not None:
+        full = next((s for s in config.layers if s.kind == FULL), config.layers[0])
+        lanes = np.arange(0, full.rotary_dim, 2, dtype=np.float64)
+        base = full.rope_theta ** (-lanes / full.rotary_dim)
+        found = llama3_divisors(base, config.rope_scaling).astype(np.float32)
+    else:
+        return padded
+    padded[: len(found)] = found
+    return padded

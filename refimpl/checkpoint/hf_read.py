@@ -1,0 +1,119 @@
+"""Hugging Face checkpoint folders: config.json beside one or many safetensors files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from refimpl.checkpoint.block_types import PLAIN, block_type
+from refimpl.checkpoint.safetensors_read import Entry, read_safetensors
+from refimpl.checkpoint.stored import (
+    DEFAULT_CACHE_BYTES,
+    StoredSource,
+    StoredTensor,
+    missing_mtp,
+    missing_tensor,
+    no_mtp_warning,
+)
+from refimpl.config_io import load_hf_config
+from refimpl.errors import CheckpointError
+from refimpl.inventory import TensorSpec, inventory
+
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 << 20
+
+
+def open_hf(folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSource:
+    """Open a folder with config.json and model*.safetensors (BF16, F16 or F32).
+
+    Every tensor that the configuration demands is checked by name, shape and type. MTP layers
+    that are declared but wholly absent become a warning and are switched off.
+
+    Raises:
+        ConfigError: config.json contradicts itself.
+        CheckpointError: names the file and tensor, what was found and what was expected.
+    """
+    config = load_hf_config(folder / "config.json")
+    found = _all_entries(folder)
+    warnings = []
+    specs = inventory(config)
+    if missing_mtp(config, lambda t: t.hf_name in found, specs):
+        warnings.append(no_mtp_warning(folder, config))
+        config = config.without_mtp()
+        specs = inventory(config)
+    tensors = [_checked(folder, spec, found) for spec in specs]
+    extra = found.keys() - {spec.hf_name for spec in specs}
+    if extra:
+        names = ", ".join(sorted(extra)[:3]) + (", ..." if len(extra) > 3 else "")
+        warnings.append(f"{folder}: {len(extra)} tensors are not part of this model: {names}")
+    return StoredSource(config, tensors, warnings, cache_bytes)
+
+
+def _all_entries(folder: Path) -> dict[str, tuple[str, Entry]]:
+    """Tensor name to (file name, entry) over all shards."""
+    index = folder / INDEX_NAME
+    found: dict[str, tuple[str, Entry]] = {}
+    if index.exists():
+        weight_map = _read_index(index)
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map = {}
+        files = sorted(p.name for p in folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder}: no model*.safetensors beside config.json")
+    for name in files:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder}: shard {name} is missing, {INDEX_NAME} names it; complete the download"
+            )
+        for tensor, entry in read_safetensors(folder / name).items():
+            if tensor in found:
+                other = found[tensor][0]
+                raise CheckpointError(f"{folder}: tensor {tensor} is in both {other} and {name}")
+            found[tensor] = (name, entry)
+    for tensor, name in weight_map.items():
+        if tensor not in found or found[tensor][0] != name:
+            raise CheckpointError(
+                f"{folder / name}: tensor {tensor} is missing, {INDEX_NAME} says it is here"
+            )
+    return found
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not valid JSON ({str(error)[:100]})") from None
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: no 'weight_map' from tensor names to file names")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path}: {str(name)[:100]!r} is not the name of a safetensors file in this folder"
+            )
+    return weight_map
+
+
+def _checked(folder: Path, spec: TensorSpec, found: dict[str, tuple[str, Entry]]) -> StoredTensor:
+    if spec.hf_name not in found:
+        hint = "the checkpoint is incomplete or config.json belongs to another model"
+        raise missing_tensor(folder, spec.hf_name, spec.shape, hint)
+    file, entry = found[spec.hf_name]
+    where = f"{folder / file}: tensor {spec.hf_name}"
+    if entry.shape != spec.shape:
+        raise CheckpointError(
+            f"{where} has shape {entry.shape}, expected {spec.shape} by config.json"
+        )
+    if entry.dtype not in PLAIN:
+        raise CheckpointError(f"{where} has type {entry.dtype}, expected {', '.join(PLAIN)}")
+    kind = block_type(entry.dtype)
+    rows = entry.data.reshape(-1, kind.row_bytes(spec.shape[-1]))
+    return StoredTensor(spec, kind, rows, holds_one_plus=False, where=where)
