@@ -1,0 +1,390 @@
+"""Devices: what memory, bandwidth, arithmetic and links a machine has, each number with a source.
+
+One TOML file per device in `hwmodel/devices/`, the same form for a hand-written datasheet and for
+`bench probe`. A user's own files are found by path, or by name in the folder that the environment
+variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form::
+
+    schema = 1
+    name = "my-box"
+    title = "My box"
+    class = "nvidia-consumer"
+    unified = false            # true: processor and GPU share one memory
+    max_per_host = 2           # how many one machine can hold
+    api = ["cuda", "vulkan"]   # backends that can run on it
+
+    [sources]
+    vendor = "https://example.com/datasheet"
+
+    [memory]
+    total_bytes = { value = 25757220864, source = "vendor", as_of = "2026-03" }
+    reserve_bytes = { ... }        # display, driver, operating system: never usable
+    raised_usable_bytes = { ... }  # what a documented setting makes usable
+    raise_how = "sudo sysctl iogpu.wired_limit_mb=122880"
+
+    [bandwidth]
+    peak_bytes_per_s = { ... }     # datasheet
+    measured_bytes_per_s = { ... } # somebody's measurement; never merged with the peak
+
+    [flop]                         # dense peaks
+    bf16_per_s = { ... }
+
+    [links]
+    host_bytes_per_s = { ... }     # to the processor's memory, per direction
+    device_bytes_per_s = { ... }   # to a like device in the same machine, per direction
+    device_kind = "NVLink"
+    network_bytes_per_s = { ... }  # to a like device in the next machine, per direction
+
+    [disk]
+    read_bytes_per_s = { ... }
+
+    [price]
+    buy_usd = { ... }
+    rent_usd_per_h = { ... }
+
+    [cpu]
+    threads = { ... }
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from hwmodel import names
+from hwmodel.errors import DeviceFileError, UnknownNameError
+from hwmodel.quantity import Quantity, read_quantity
+
+DEVICE_CLASSES = (
+    "apple",
+    "nvidia-datacenter",
+    "nvidia-consumer",
+    "nvidia-unified",
+    "amd-instinct",
+    "amd-apu",
+    "amd-consumer",
+    "intel",
+    "cpu",
+)
+DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
+LOCAL = "local"
+
+# section -> the quantities it may hold
+_QUANTITIES: dict[str, tuple[str, ...]] = {
+    "memory": ("total_bytes", "reserve_bytes", "usable_bytes", "raised_usable_bytes"),
+    "bandwidth": ("peak_bytes_per_s", "measured_bytes_per_s"),
+    "flop": tuple(f"{d}_per_s" for d in DTYPES),
+    "links": ("host_bytes_per_s", "device_bytes_per_s", "network_bytes_per_s"),
+    "disk": ("read_bytes_per_s",),
+    "price": ("buy_usd", "rent_usd_per_h"),
+    "cpu": ("threads", "cores"),
+}
+_TEXTS: dict[str, tuple[str, ...]] = {
+    "memory": ("raise_how",),
+    "links": ("host_kind", "device_kind", "network_kind"),
+}
+_TOP = {"schema", "name", "title", "class", "unified", "max_per_host", "api", "notes", "sources"}
+_REQUIRED = (("memory", "total_bytes"), ("bandwidth", "peak_bytes_per_s"))
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device; every number is a `Quantity` under `section.key`, plain SI by the accessors.
+
+    Attributes:
+        name: canonical name, lower case.
+        title: what people call it.
+        device_class: one of `DEVICE_CLASSES`; efficiencies are learned and reported by it.
+        unified: processor and GPU share one memory.
+        max_per_host: how many of it one machine holds (1: more of them means a network).
+        api: backends that run on it, first choice first.
+        quantities: every number with its source, by dotted key such as `memory.total_bytes`.
+        texts: how to raise a limit, kinds of link.
+        file: where it was read.
+    """
+
+    name: str
+    title: str
+    device_class: str
+    unified: bool
+    max_per_host: int
+    api: tuple[str, ...]
+    quantities: Mapping[str, Quantity]
+    texts: Mapping[str, str]
+    notes: str
+    file: str
+
+    def get(self, key: str) -> Quantity | None:
+        """The quantity under a dotted key, None where the file does not state it."""
+        return self.quantities.get(key)
+
+    def _value(self, key: str) -> float | None:
+        found = self.quantities.get(key)
+        return None if found is None else found.value
+
+    @property
+    def memory_bytes(self) -> float:
+        """All memory the device shows to its system."""
+        return self.quantities["memory.total_bytes"].value
+
+    @property
+    def reserve_bytes(self) -> float:
+        """Memory that display, driver or operating system keep."""
+        return self._value("memory.reserve_bytes") or 0.0
+
+    @property
+    def usable_bytes(self) -> float:
+        """What one process can have as the machine comes: a stated limit, else total − reserve."""
+        stated = self._value("memory.usable_bytes")
+        return self.memory_bytes - self.reserve_bytes if stated is None else stated
+
+    @property
+    def raised_usable_bytes(self) -> float | None:
+        """What a documented setting makes usable, None where there is no such setting."""
+        return self._value("memory.raised_usable_bytes")
+
+    @property
+    def raise_how(self) -> str:
+        """The setting that gives `raised_usable_bytes`, as one types it."""
+        return self.texts.get("memory.raise_how", "")
+
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """Datasheet memory bandwidth."""
+        return self.quantities["bandwidth.peak_bytes_per_s"].value
+
+    @property
+    def measured_bandwidth_bytes_per_s(self) -> float | None:
+        """A measured read bandwidth, None where nobody published one."""
+        return self._value("bandwidth.measured_bytes_per_s")
+
+    @cached_property
+    def flop_per_s(self) -> Mapping[str, float]:
+        """Dense peaks by type, of `DTYPES` those that the file states."""
+        found = {d: self._value(f"flop.{d}_per_s") for d in DTYPES}
+        return {d: value for d, value in found.items() if value is not None}
+
+    @property
+    def host_link_bytes_per_s(self) -> float | None:
+        """Link to the processor's memory per direction (None: unified or unknown)."""
+        return self._value("links.host_bytes_per_s")
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """Link to a like device in the same machine per direction."""
+        return self._value("links.device_bytes_per_s")
+
+    @property
+    def link_kind(self) -> str:
+        """Kind of that link: NVLink, PCIe, xGMI or empty."""
+        return self.texts.get("links.device_kind", "")
+
+    @property
+    def network_bytes_per_s(self) -> float | None:
+        """Link to a like device in another machine per direction."""
+        return self._value("links.network_bytes_per_s")
+
+    @property
+    def network_kind(self) -> str:
+        """Kind of that link."""
+        return self.texts.get("links.network_kind", "")
+
+    @property
+    def disk_bytes_per_s(self) -> float | None:
+        """Sequential read speed of the machine's disk."""
+        return self._value("disk.read_bytes_per_s")
+
+    @property
+    def price_usd(self) -> float | None:
+        """Price of one, new where it is sold new."""
+        return self._value("price.buy_usd")
+
+    @property
+    def rent_usd_per_h(self) -> float | None:
+        """Price of renting one for an hour."""
+        return self._value("price.rent_usd_per_h")
+
+    @property
+    def is_cpu(self) -> bool:
+        """True for processors without a GPU."""
+        return self.device_class == "cpu"
+
+    def unverified(self) -> tuple[str, ...]:
+        """Dotted keys of the numbers nobody has checked, sorted."""
+        return tuple(sorted(k for k, q in self.quantities.items() if not q.is_verified))
+
+
+def user_folder() -> Path:
+    """Where a user's own device files are looked for."""
+    stated = os.environ.get("HWMODEL_DEVICES")
+    return Path(stated) if stated else Path.home() / ".config" / "hwmodel" / "devices"
+
+
+def _shipped_folder() -> Path:
+    return Path(__file__).parent / "devices"
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of all shipped devices and of the user's own, sorted, `local` last."""
+    found = {p.stem for folder in (_shipped_folder(), user_folder()) for p in folder.glob("*.toml")}
+    return (*sorted(found), LOCAL)
+
+
+def load_device(name_or_path: str | Path) -> Device:
+    """A device by name (any alias, any case), by the path of its file, or this host (`local`).
+
+    Raises:
+        UnknownNameError: no such name; the nearest ones are offered.
+        DeviceFileError: the file is missing, is not TOML, lacks a source or a required number.
+    """
+    text = str(name_or_path).strip()
+    if text.endswith(".toml") or os.sep in text:
+        return read_device(Path(text))
+    if text.lower() == LOCAL:
+        from hwmodel.local import local_device
+
+        return local_device()
+    own = user_folder() / f"{text.lower()}.toml"
+    if own.is_file():
+        return read_device(own)
+    name = names.canonical("device", text)
+    if name is None:
+        raise UnknownNameError("device", text, names.suggest("device", text, device_names()))
+    return _shipped(name.id)
+
+
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> Device:
+    return read_device(_shipped_folder() / f"{name}.toml")
+
+
+def read_device(path: Path) -> Device:
+    """One device file, checked.
+
+    Raises:
+        DeviceFileError: see `load_device`.
+    """
+    return parse_device(read_toml(path), path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a table.
+
+    Raises:
+        DeviceFileError: the file is missing, too large to be one of ours, or not TOML.
+    """
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise DeviceFileError(f"{path}: larger than 1 MiB, expected a short TOML file")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DeviceFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DeviceFileError(f"{path}: not a TOML file ({error})") from error
+
+
+def parse_device(raw: Mapping[str, Any], file: Path | str) -> Device:
+    """A device from its TOML table, checked.
+
+    Raises:
+        DeviceFileError: see `load_device`.
+    """
+    _check_top(raw, file)
+    sources = read_sources(raw, file)
+    quantities: dict[str, Quantity] = {}
+    texts: dict[str, str] = {}
+    for section in _QUANTITIES:
+        table = raw.get(section, {})
+        if not isinstance(table, dict):
+            raise DeviceFileError(f"{file}: '{section}' is {table!r}, expected a table")
+        for key, entry in table.items():
+            dotted = f"{section}.{key}"
+            if key in _TEXTS.get(section, ()):
+                texts[dotted] = str(entry)
+            elif key in _QUANTITIES[section]:
+                quantities[dotted] = read_quantity(file, dotted, entry, sources)
+            else:
+                known = ", ".join(_QUANTITIES[section] + _TEXTS.get(section, ()))
+                raise DeviceFileError(f"{file}: unknown key '{dotted}', expected one of {known}")
+    _check_quantities(quantities, texts, file)
+    return Device(
+        name=str(raw["name"]).lower(),
+        title=str(raw.get("title", raw["name"])),
+        device_class=raw["class"],
+        unified=bool(raw.get("unified", False)),
+        max_per_host=int(raw.get("max_per_host", 1)),
+        api=tuple(raw.get("api", ())),
+        quantities=quantities,
+        texts=texts,
+        notes=str(raw.get("notes", "")),
+        file=str(file),
+    )
+
+
+def read_sources(raw: Mapping[str, Any], file: Path | str) -> Mapping[str, str]:
+    """The `[sources]` table of a device or engine file, source by short name.
+
+    Raises:
+        DeviceFileError: it is no table of texts.
+    """
+    sources = raw.get("sources", {})
+    if not isinstance(sources, dict) or not all(isinstance(v, str) for v in sources.values()):
+        raise DeviceFileError(f"{file}: 'sources' must be a table of texts")
+    return sources
+
+
+def _check_top(raw: Mapping[str, Any], file: Path | str) -> None:
+    extra = sorted(set(raw) - _TOP - set(_QUANTITIES))
+    if extra:
+        raise DeviceFileError(f"{file}: unknown key '{extra[0]}'")
+    if raw.get("schema") != 1:
+        raise DeviceFileError(f"{file}: 'schema' is {raw.get('schema')!r}, expected 1")
+    if not isinstance(raw.get("name"), str) or not raw["name"].strip():
+        raise DeviceFileError(f"{file}: 'name' is {raw.get('name')!r}, expected a short text")
+    if raw.get("class") not in DEVICE_CLASSES:
+        raise DeviceFileError(
+            f"{file}: 'class' is {raw.get('class')!r}, expected one of {', '.join(DEVICE_CLASSES)}"
+        )
+    count = raw.get("max_per_host", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
+        raise DeviceFileError(f"{file}: 'max_per_host' is {count!r}, expected 1 to 1024")
+    if not isinstance(raw.get("unified", False), bool):
+        raise DeviceFileError(f"{file}: 'unified' is {raw['unified']!r}, expected true or false")
+    api = raw.get("api", [])
+    if not isinstance(api, list) or not all(isinstance(a, str) for a in api):
+        raise DeviceFileError(f"{file}: 'api' is {api!r}, expected a list of backends")
+    for backend in api:
+        if names.canonical("backend", backend) is None:
+            near = names.suggest("backend", backend)
+            raise DeviceFileError(
+                f"{file}: unknown backend {backend!r} in 'api', expected such as {', '.join(near)}"
+            )
+
+
+def _check_quantities(
+    quantities: Mapping[str, Quantity], texts: Mapping[str, str], file: Path | str
+) -> None:
+    for section, key in _REQUIRED:
+        found = quantities.get(f"{section}.{key}")
+        if found is None or found.value <= 0:
+            raise DeviceFileError(f"{file}: '{section}.{key}' is missing or 0; state it")
+    total = quantities["memory.total_bytes"].value
+    if not 1e8 <= total <= 1e15:
+        raise DeviceFileError(
+            f"{file}: 'memory.total_bytes' is {total:.4g}, expected bytes (1e8 to 1e15)"
+        )
+    peak = quantities["bandwidth.peak_bytes_per_s"].value
+    if not 1e8 <= peak <= 1e15:
+        raise DeviceFileError(
+            f"{file}: 'bandwidth.peak_bytes_per_s' is {peak:.4g}, expected bytes/s (1e8 to 1e15)"
+        )
+    for key in ("reserve_bytes", "usable_bytes", "raised_usable_bytes"):
+        found = quantities.get(f"memory.{key}")
+        if found is not None and found.value > total:
+            raise DeviceFileError(f"{file}: 'memory.{key}' is more than 'memory.total_bytes'")
+    if "memory.raised_usable_bytes" in quantities and not texts.get("memory.raise_how"):
+        raise DeviceFileError(f"{file}: 'memory.raised_usable_bytes' needs 'memory.raise_how'")

@@ -1,0 +1,36 @@
+"""The exception tree of hwmodel (and of bench, which stands on it).
+
+RefimplError
+└── HwmodelError
+    ├── UnknownNameError   a device, engine, quant type or model nobody has heard of
+    ├── DeviceFileError    a device or engine file that lacks a source or contradicts itself
+    ├── RequestError       an option or a combination of options that cannot be
+    └── RunFileError       a file of measured runs that cannot be read at all
+"""
+
+from refimpl.errors import RefimplError
+
+
+class HwmodelError(RefimplError):
+    """Base of all errors that are the input's fault; the message is one sentence."""
+
+
+class UnknownNameError(HwmodelError):
+    """A name is not in the registry; the message offers the nearest ones."""
+
+    def __init__(self, kind: str, text: str, nearest: tuple[str, ...]) -> None:
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        super().__init__(f"unknown {kind} {text!r}{hint}")
+        self.kind, self.text, self.nearest = kind, text, nearest
+
+
+class DeviceFileError(HwmodelError):
+    """A device or engine file cannot be used; the message names the file and the key."""
+
+
+class RequestError(HwmodelError):
+    """An option or a combination of options cannot be; the message says what would be."""
+
+
+class RunFileError(HwmodelError):
+    """A file of measured runs cannot be read at all."""

@@ -1,0 +1,79 @@
+"""A number that knows where it comes from.
+
+Device and engine files state every number as an inline table::
+
+    memory_bytes = { value = 85899345920, source = "aic", as_of = "2026-03" }
+
+`source` is either a key of the file's `[sources]` table or the source itself; a number without
+one is refused. `source = "unverified"` is allowed (with a `note` saying what it rests on) and is
+carried along, so that a plan can say which of its figures nobody has checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwmodel.errors import DeviceFileError
+
+UNVERIFIED = "unverified"
+_KEYS = {"value", "source", "as_of", "note"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A value in the SI unit that its key names, with its source and the date it was read."""
+
+    value: float
+    source: str
+    as_of: str
+    note: str = ""
+
+    @property
+    def is_verified(self) -> bool:
+        """False where the number rests on memory or on scaling of another device."""
+        return self.source != UNVERIFIED
+
+
+def read_quantity(file: Path | str, key: str, raw: Any, sources: Mapping[str, str]) -> Quantity:
+    """One quantity from its TOML form.
+
+    Args:
+        file: named in error messages.
+        key: dotted name of the entry, named in error messages.
+        raw: what TOML gave for it.
+        sources: the file's `[sources]` table, source by short name.
+
+    Raises:
+        DeviceFileError: no table, no number, no source, no date, an unknown key, or a number that
+            is negative or not finite.
+    """
+    if not isinstance(raw, dict):
+        example = f'{key} = {{ value = {raw!r}, source = "...", as_of = "2026-01" }}'
+        raise DeviceFileError(f"{file}: '{key}' has no source, expected {example}")
+    extra = sorted(set(raw) - _KEYS)
+    if extra:
+        known = ", ".join(sorted(_KEYS))
+        raise DeviceFileError(f"{file}: '{key}' has the unknown entry '{extra[0]}', known: {known}")
+    value = raw.get("value")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DeviceFileError(f"{file}: '{key}' has value {value!r}, expected a number")
+    if not math.isfinite(value) or value < 0:
+        raise DeviceFileError(f"{file}: '{key}' is {value!r}, expected a finite number, 0 or more")
+    texts: dict[str, str] = {}
+    for name in ("source", "as_of", "note"):
+        text = raw.get(name, "")
+        if not isinstance(text, str):
+            text = str(text)  # TOML reads an unquoted date as a date
+        texts[name] = text.strip()
+    if not texts["source"]:
+        raise DeviceFileError(
+            f'{file}: \'{key}\' has no source; add source = "..." (or "{UNVERIFIED}")'
+        )
+    if not texts["as_of"]:
+        raise DeviceFileError(f"{file}: '{key}' has no as_of; add the date its source was read")
+    source = sources.get(texts["source"], texts["source"])
+    return Quantity(float(value), source, texts["as_of"], texts["note"])
