@@ -85,7 +85,8 @@ class ModelShape:
     @cached_property
     def active_parameters(self) -> int:
         """Parameters one token uses, the output head included and the embedding table not."""
-        return round(sum(self.active_by_role.values()))
+        biases = sum(t.elements for t in self.tensors if t.kind == "bias" and not t.mtp)
+        return round(sum(self.active_by_role.values())) - biases
 
     @cached_property
     def parameters_by_role(self) -> dict[str, int]:
@@ -193,16 +194,27 @@ def model_aliases() -> dict[str, str]:
     return {a: item["name"] for item in _facts().values() for a in item.get("aliases", ())}
 
 
+def _key(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+@cache
+def _by_key() -> dict[str, str]:
+    found = {_key(alias): name for alias, name in model_aliases().items()}
+    return found | {_key(name): name for name in model_names()}
+
+
 @cache
 def load_model(name: str) -> ModelShape:
-    """The shape of a model by canonical name.
+    """The shape of a model by name or by any spelling listed with its facts.
 
     Raises:
-        InputError: no such model; the message says which are known.
+        InputError: no such model; the message lists the nearest names.
     """
-    if name in ("step-3.5-flash", "step-3.7-flash"):
+    known = _by_key().get(_key(name))
+    if known in ("step-3.5-flash", "step-3.7-flash"):
         return step_shape()
-    facts = _facts().get(name)
+    facts = _facts().get(known or "")
     if facts is None:
         import difflib
 

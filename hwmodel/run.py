@@ -93,13 +93,16 @@ class Workload:
 class Placement:
     """Where the weights live.
 
-    `split` says how several devices share the model. `host_expert_share` is the share (0..1) of
+    `link_kind` (`nvlink`, `pcie`, `xgmi`, `network`) and `link_bytes_per_s` describe the path
+    between the devices; empty and None mean the device's own. `split` says how several devices share the model. `host_expert_share` is the share (0..1) of
     the routed experts kept in host memory and `host_layer_share` the share of whole layers there;
     `ssd_share` is the share of the routed experts that must be read from disk when used. A host
     computes its own experts during decode and streams them over the host link during prefill.
     """
 
     split: Split = "single"
+    link_kind: str = ""
+    link_bytes_per_s: float | None = None
     host_expert_share: float = 0.0
     host_layer_share: float = 0.0
     host_bandwidth_bytes_per_s: float | None = None

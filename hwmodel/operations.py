@@ -1,0 +1,148 @@
+"""What one step computes and reads, by role: multiply-adds, weight bytes, KV values.
+
+Counts are facts. They follow the tensors of `hwmodel.model` and equal what an instrumented run of
+the reference counts (`refimpl.reference.trace.Trace`) when the number of distinct experts is given
+as it was; with the formula for even routing they are its expectation. A step is T rows (query
+positions) of one sequence, appended at a depth; several sequences share the weights of a step.
+
+Axes: T rows of the step, S sequences; a row at position p sees min(window, p + 1) keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hwmodel.model import AttentionGroup, ModelShape
+from hwmodel.quant import Quant, role_bytes, storage_types
+from hwmodel.quant import block_bytes as _block_bytes
+
+SCORES = "scores"
+_NO_PRODUCT = ("norm", "bias", "embedding")
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts of one step.
+
+    `multiply_adds` and `weight_bytes` by role (`scores` is QK and PV over visible keys);
+    `kv_values_read` are the K and V values that any query of the step can see, `written` those
+    appended. Multiply by the bytes of the KV type.
+    """
+
+    multiply_adds: Mapping[str, float]
+    weight_bytes: Mapping[str, float]
+    kv_values_read: float
+    kv_values_written: float
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations: two per multiply-add."""
+        return 2.0 * sum(self.multiply_adds.values())
+
+
+def visible_pairs(depth: int, rows: int, window: int | None) -> int:
+    """Number of (query, key) pairs of `rows` queries at positions depth, depth+1, ..."""
+    if window is None:
+        return rows * depth + rows * (rows + 1) // 2
+    if window <= 0:
+        return 0
+    growing = min(rows, max(0, window - depth))  # rows that do not fill the window yet
+    return growing * depth + growing * (growing + 1) // 2 + (rows - growing) * window
+
+
+def visible_rows(depth: int, rows: int, window: int | None) -> int:
+    """Cached positions that any of the step's queries sees, its own rows included."""
+    if window is None:
+        return depth + rows
+    return 0 if window <= 0 else min(depth + rows, window + rows - 1)
+
+
+def step_counts(
+    model: ModelShape,
+    quant: Quant,
+    depth: int,
+    rows: int,
+    sequences: int = 1,
+    logit_rows: int | None = None,
+    distinct: float | None = None,
+    distinct_tokens: int | None = None,
+) -> StepCounts:
+    """Counts of a step of `rows` rows for each of `sequences` sequences at one depth.
+
+    Args:
+        logit_rows: rows that go through the output head (None: every row, as in decode;
+            prefill of a chunk needs 1).
+        distinct: distinct experts per MoE layer that the step touches (None: expectation under
+            even, independent routing).
+        distinct_tokens: different token ids of the step, whose embedding rows are read.
+    """
+    total = rows * sequences
+    heads = total if logit_rows is None else logit_rows * sequences
+    per_row = _matrix_elements(model)
+    adds: dict[str, float] = {}
+    for role, elements in per_row.items():
+        adds[role] = elements * (heads if role == "head" else total)
+    adds[SCORES] = sequences * sum(
+        g.layers * (g.qk_values + g.pv_values) * visible_pairs(depth, rows, g.window)
+        for g in model.attention
+    )
+    stored = role_bytes(model, quant)
+    read = {r: v for r, v in stored.items() if r not in ("mtp", "embedding", "routed")}
+    if model.experts:
+        if distinct is None:
+            distinct = model.distinct_experts(total)
+        read["routed"] = stored.get("routed", 0.0) * distinct / model.experts
+    if model.tied_embedding:
+        read["head"] = read.get("head", 0.0) + stored["embedding"]
+    elif "embedding" in stored:
+        vocabulary = _vocabulary(model)
+        tokens = total if distinct_tokens is None else distinct_tokens
+        read["embedding"] = stored["embedding"] * min(1.0, tokens / vocabulary)
+    return StepCounts(
+        multiply_adds=adds,
+        weight_bytes=read,
+        kv_values_read=sequences * _kv(model.attention, depth, rows),
+        kv_values_written=total * sum(g.layers * g.kv_values for g in model.attention),
+    )
+
+
+def _kv(groups: tuple[AttentionGroup, ...], depth: int, rows: int) -> float:
+    return sum(
+        g.layers * (g.kv_values * visible_rows(depth, rows, g.window) + g.state_values)
+        for g in groups
+    )
+
+
+def _vocabulary(model: ModelShape) -> int:
+    table = sum(t.elements for t in model.tensors if t.kind == "embedding")
+    return max(1, table // model.hidden_size)
+
+
+@lru_cache(maxsize=512)
+def _matrix_elements(model: ModelShape) -> Mapping[str, float]:
+    """Multiply-adds per row and role: the elements of the matrices that a row meets."""
+    found: dict[str, float] = {}
+    for t in model.tensors:
+        if t.mtp or t.kind in _NO_PRODUCT:
+            continue
+        share = model.top_k / model.experts if t.role == "routed" else 1.0
+        found[t.role] = found.get(t.role, 0.0) + t.elements * share
+    if model.tied_embedding:
+        table = sum(t.elements for t in model.tensors if t.kind == "embedding")
+        found["head"] = found.get("head", 0.0) + table
+    return found
+
+
+@lru_cache(maxsize=512)
+def draft_bytes(model: ModelShape, quant: Quant, drafts: int) -> float:
+    """Stored bytes that making `drafts` drafts reads: one MTP layer with its own head each."""
+    if not model.mtp_layers or drafts <= 0:
+        return 0.0
+    layers = sorted({t.layer for t in model.tensors if t.mtp})[: min(drafts, model.mtp_layers)]
+    total = 0.0
+    for t, storage in zip(model.tensors, storage_types(model, quant), strict=True):
+        if t.mtp and t.layer in layers:
+            total += float(_block_bytes(storage, t.elements))
+    return total
