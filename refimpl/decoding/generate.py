@@ -1,0 +1,258 @@
+"""The loop that continues a prompt, over any backend.
+
+    prefill the prompt in chunks, pick the first token from its last logits; then in each step
+    draft from the MTP layers, verify newest token and drafts in one trunk pass, keep what
+    stands, roll the rest back (architecture of multi-token prediction: `refimpl.backend`).
+
+Every step is recorded once, whole, after it is decided; ids, text and statistics all come from
+these records, so that an interruption at any moment leaves them consistent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from refimpl.backend import Array, Backend, Tokens
+from refimpl.decoding.generation import (
+    DraftStats,
+    GenerateOptions,
+    Generation,
+    StepRecord,
+    Timings,
+)
+from refimpl.decoding.policy import AutoDepth, DraftPolicy, FixedDepth
+from refimpl.decoding.sampling import fresh_seed
+from refimpl.decoding.speculative import Picker
+from refimpl.decoding.stopping import Ending, FinishReason, TextDecoder
+from refimpl.errors import InputError
+
+OnTokens = Callable[[Sequence[int], str], None]
+OnPrefill = Callable[[int, int], None]
+
+
+def generate(
+    backend: Backend,
+    prompt_ids: Tokens,
+    options: GenerateOptions,
+    *,
+    new_decoder: Callable[[], TextDecoder] | None = None,
+    on_tokens: OnTokens | None = None,
+    on_prefill: OnPrefill | None = None,
+) -> Generation:
+    """Continue `prompt_ids` until a stop, the wanted number of tokens, or the context's end.
+
+    Args:
+        backend: reference or engine.
+        prompt_ids: (T,) the prompt, at least one token.
+        options: what is wanted.
+        new_decoder: makes the decoder of the new tokens' text; needed for text and stop strings.
+        on_tokens: called after each step with its new ids and the text that can now be shown;
+            once more at the end, with no ids, if text was still held back.
+        on_prefill: called after each chunk with the tokens done and the tokens in all.
+
+    Returns:
+        What there is; after Ctrl-C (KeyboardInterrupt, from anywhere) what there is until then.
+
+    Raises:
+        InputError: the prompt is empty, holds an id outside the vocabulary or exceeds the
+            context, or the model has too few MTP layers for `options.mtp`.
+    """
+    if options.stop_strings and new_decoder is None:
+        raise InputError("stop strings need the text: give generate() a decoder")
+    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens)
+    try:
+        run.prefill(on_prefill)
+        while run.finish_reason is None:
+            run.step()
+        run.flush()
+    except KeyboardInterrupt:
+        run.finish_reason = "interrupted"
+    return run.result()
+
+
+def check_prompt(prompt_ids: Tokens, vocab_size: int, context: int) -> list[int]:
+    """`prompt_ids` as a list of ids.
+
+    Raises:
+        InputError: no ids, an id outside 0..vocab_size-1, or more of them than `context`.
+    """
+    ids = [int(i) for i in prompt_ids]
+    if not ids:
+        raise InputError("the prompt is empty: give at least one token")
+    for at, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"token {at} of the prompt is {token}, outside the model's vocabulary "
+                f"(0..{vocab_size - 1})"
+            )
+    if len(ids) > context:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, the context holds {context}: shorten the prompt"
+        )
+    return ids
+
+
+def draft_policy(mtp: int | str, layers: int) -> DraftPolicy:
+    """The policy that `mtp` (a number of drafts or "auto") asks of a model with MTP `layers`.
+
+    Raises:
+        InputError: more drafts than layers.
+    """
+    if mtp == "auto":
+        return AutoDepth(layers)
+    depth = int(mtp)
+    if depth > layers:
+        have = f"{layers} MTP layer" + ("" if layers == 1 else "s")
+        raise InputError(f"mtp is {depth}, but the model has {have}: ask for at most {layers}")
+    return FixedDepth(depth)
+
+
+class _Run:
+    """One generation under way."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        prompt_ids: Tokens,
+        options: GenerateOptions,
+        new_decoder: Callable[[], TextDecoder] | None,
+        on_tokens: OnTokens | None,
+    ) -> None:
+        config = backend.config
+        layers = config.num_nextn_predict_layers
+        context = options.context or config.max_position_embeddings
+        stops = config.eos_token_id if options.stop_tokens is None else options.stop_tokens
+        sampling = options.sampling
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        self._backend = backend
+        self._prompt = check_prompt(prompt_ids, config.vocab_size, context)
+        self._options = options
+        self._policy = draft_policy(options.mtp, layers)
+        self._drafting = options.mtp != 0 and layers > 0
+        # The trunk runs every token but the newest: one more token than positions is possible.
+        room = context + 1 - len(self._prompt)
+        self._ending = Ending(
+            frozenset(stops), options.stop_strings, options.max_new_tokens, room, new_decoder
+        )
+        self._on_tokens = on_tokens
+        # Drafts may go beyond the last wanted token, but never beyond the context.
+        wanted = len(self._prompt) + options.max_new_tokens + layers
+        self._cache = backend.new_cache(min(wanted, context))
+        self._seed = None if sampling.greedy else seed
+        self._picker = Picker(sampling, np.random.default_rng(seed))
+        self._unfed: list[tuple[Array, Sequence[int]]] = []
+        self._started = time.perf_counter()
+        self._prefill_s = 0.0
+        self._ttft_s: float | None = None
+        self._first: tuple[int, ...] = ()
+        self._records: list[StepRecord] = []
+        self.finish_reason: FinishReason | None = None
+
+    def prefill(self, on_prefill: OnPrefill | None) -> None:
+        """Run the prompt, emit the first new token, and show the prompt to the MTP layers."""
+        prompt, size = self._prompt, self._options.prefill_chunk
+        hidden = self._prefill_chunk(0)
+        for start in range(size, len(prompt), size):
+            self._feed(hidden, prompt[start - size + 1 : start + 1])
+            if on_prefill is not None:
+                on_prefill(start, len(prompt))
+            hidden = self._prefill_chunk(start)
+        if on_prefill is not None:
+            on_prefill(len(prompt), len(prompt))
+        if self.finish_reason is None:
+            tail = len(hidden) - 1
+            self._feed(hidden[:tail], prompt[len(prompt) - tail :])
+            self._unfed.append((hidden[tail:], self._first))
+
+    def _prefill_chunk(self, start: int) -> Array:
+        """Run the chunk at `start`; after the last one emit the first token. -> hidden (R, H)"""
+        began = time.perf_counter()
+        chunk = self._prompt[start : start + self._options.prefill_chunk]
+        step = self._backend.prefill(chunk, self._cache)
+        last = start + len(chunk) == len(self._prompt)
+        token = self._picker.pick(step.logits[-1]) if last else None
+        now = time.perf_counter()
+        self._prefill_s += now - began
+        if token is not None:
+            self._ttft_s = now - self._started
+            self._first, text, self.finish_reason = self._ending.push([token])
+            self._show(self._first, text)
+        return step.hidden
+
+    def _feed(self, hidden: Array, next_tokens: Sequence[int]) -> None:
+        """Show rows (R, H) of the prompt and the tokens after them to the MTP layers."""
+        if self._drafting and len(next_tokens) > 0:
+            began = time.perf_counter()
+            self._backend.draft(self._cache, hidden, next_tokens, 0, self._picker.choose)
+            self._prefill_s += time.perf_counter() - began
+
+    def step(self) -> None:
+        """Draft, verify, keep what stands, emit it."""
+        began = time.perf_counter()
+        newest = self._records[-1].ids[-1] if self._records else self._first[-1]
+        drafts = self._draft(self._depth())
+        step = self._backend.decode([newest, *drafts], self._cache)
+        verdict = self._picker.verify(step.logits, drafts)
+        self._cache.rollback(len(drafts) - verdict.accepted)
+        new = [*drafts[: verdict.accepted], verdict.token]
+        if self._drafting:
+            self._unfed.append((step.hidden[: len(new)], new))
+        seconds = time.perf_counter() - began
+        self._policy.update(len(drafts), verdict.accepted, seconds)
+        ids, text, self.finish_reason = self._ending.push(new)
+        self._records.append(StepRecord(len(drafts), ids, seconds))
+        self._show(ids, text)
+
+    def _depth(self) -> int:
+        """Drafts of the next step: what the policy wants and the context has room for."""
+        limit = self._cache.capacity - self._cache.length - 1
+        if self._options.mtp == "auto":
+            # A draft beyond the last wanted token gains nothing; a fixed depth drafts it anyway.
+            limit = min(limit, self._options.max_new_tokens - self._ending.count - 1)
+        return self._policy.next_depth(limit)
+
+    def _draft(self, depth: int) -> list[int]:
+        """Drafts from the MTP layers, which first see all verified rows they have not seen.
+
+        Without a draft to make they are left alone and see these rows in one go later: while
+        "auto" does not draft, the MTP layers cost nothing.
+        """
+        self._picker.begin()
+        if depth == 0:
+            return []
+        hidden = np.concatenate([rows for rows, _ in self._unfed])
+        next_tokens = [token for _, tokens in self._unfed for token in tokens]
+        self._unfed.clear()
+        return self._backend.draft(self._cache, hidden, next_tokens, depth, self._picker.choose)
+
+    def _show(self, ids: Sequence[int], text: str) -> None:
+        if self._on_tokens is not None:
+            self._on_tokens(ids, text)
+
+    def flush(self) -> None:
+        """Show the text that was held back."""
+        if text := self._ending.finish():
+            self._show((), text)
+
+    def result(self) -> Generation:
+        """What there is."""
+        records = list(self._records)
+        decoded = tuple(token for r in records for token in r.ids)
+        assert self.finish_reason is not None
+        return Generation(
+            ids=self._first + decoded,
+            text=self._ending.text_of(self._first + decoded),
+            finish_reason=self.finish_reason,
+            seed=self._seed,
+            timings=Timings(
+                prompt_tokens=len(self._prompt),
+                prefill_s=self._prefill_s,
+                ttft_s=self._ttft_s,
+                decoded_tokens=len(decoded),
+                decode_s=sum(r.seconds for r in records),
+            ),
+            mtp=DraftStats.of(records),
+        )

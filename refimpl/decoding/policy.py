@@ -1,0 +1,93 @@
+"""How many tokens to draft in the next step.
+
+A policy never changes what is generated greedily (verification is exact), only how fast.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+from typing import Protocol
+
+
+class DraftPolicy(Protocol):
+    """Chooses the draft depth of each step and is told what came of it."""
+
+    def next_depth(self, limit: int) -> int:
+        """Drafts for the next step, at most `limit` (tokens or positions that remain)."""
+
+    def update(self, depth: int, accepted: int, seconds: float) -> None:
+        """A step drafted `depth` tokens, `accepted` of them stood, all in `seconds`."""
+
+
+class FixedDepth:
+    """Always the same depth, except where the cache has fewer positions left."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def next_depth(self, limit: int) -> int:
+        return min(self._depth, limit)
+
+    def update(self, depth: int, accepted: int, seconds: float) -> None:
+        pass
+
+
+class AutoDepth:
+    """The depth that promises the most tokens per second, from what the run itself measured.
+
+    A step at depth k emits 1 + a_1 + a_1 a_2 + ... + a_1..a_k tokens on average, a_i being the
+    chance that draft i stands once those before it did, and takes t_k seconds. Estimates: a_i by
+    counting with discount (older steps weigh less; two imaginary trials, one of them passed,
+    stand for the beginning), t_k as the median of the last steps at that depth, so that one
+    slow step decides nothing.
+
+    The first steps try every depth three times; then the best k = 0..max_depth is taken, drafts
+    only if they promise more than no drafts by `MARGIN`. Every `PROBE_EVERY`-th step goes to the
+    depth measured longest ago, since text and context change. In expectation the run is
+    therefore as fast as without drafts or faster, but for those trials.
+    """
+
+    SAMPLES = 9  # step times kept for each depth
+    TRIALS = 3  # steps at each depth before the first decision
+    PROBE_EVERY = 32
+    MARGIN = 1.02
+    DISCOUNT = 0.98
+
+    def __init__(self, max_depth: int) -> None:
+        self._times: list[deque[float]] = [deque(maxlen=self.SAMPLES) for _ in range(max_depth + 1)]
+        self._last_used = [0] * (max_depth + 1)
+        self._tried = [2.0] * max_depth
+        self._passed = [1.0] * max_depth
+        self._steps = 0
+
+    def next_depth(self, limit: int) -> int:
+        allowed = range(min(limit, len(self._times) - 1) + 1)
+        untried = [k for k in allowed if len(self._times[k]) < self.TRIALS]
+        if untried:
+            return min(untried, key=lambda k: len(self._times[k]))
+        if (self._steps + 1) % self.PROBE_EVERY == 0:
+            return min(allowed, key=lambda k: self._last_used[k])
+        best = max(allowed, key=self.tokens_per_s)
+        return best if self.tokens_per_s(best) > self.MARGIN * self.tokens_per_s(0) else 0
+
+    def update(self, depth: int, accepted: int, seconds: float) -> None:
+        self._steps += 1
+        self._last_used[depth] = self._steps
+        self._times[depth].append(seconds)
+        for i in range(min(accepted + 1, depth)):  # drafts after a rejected one were not judged
+            self._tried[i] = self._tried[i] * self.DISCOUNT + 1
+            self._passed[i] = self._passed[i] * self.DISCOUNT + (i < accepted)
+
+    def tokens_per_step(self, depth: int) -> float:
+        """Expected tokens of one step at `depth`: 1 for the trunk and what drafts should add."""
+        expected, chance = 1.0, 1.0
+        for tried, passed in zip(self._tried[:depth], self._passed[:depth], strict=True):
+            chance *= passed / tried
+            expected += chance
+        return expected
+
+    def tokens_per_s(self, depth: int) -> float:
+        """Expected speed at `depth`; 0 while that depth has not been measured."""
+        times = self._times[depth]
+        return self.tokens_per_step(depth) / max(median(times), 1e-9) if times else 0.0
