@@ -24,6 +24,7 @@ from refimpl.config_gguf import to_gguf
 from refimpl.config_io import GGUF_ARCHITECTURE
 from refimpl.errors import CheckpointError, InputError
 from refimpl.inventory import TensorSpec, gguf_inventory
+from refimpl.text.pretokenizer import SPLITS
 from refimpl.text.vocabulary import Vocabulary
 
 Array = NDArray[Any]
@@ -137,27 +138,30 @@ def _header(config: ModelConfig, file_type: str, vocabulary: Vocabulary | None, 
             writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
     writer.add_file_type(FILE_TYPES[file_type][1])
     writer.add_quantization_version(_QUANTIZATION_VERSION)
+    _add_vocabulary(writer, vocabulary, config)
+    return writer
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None, config: ModelConfig) -> None:
     if vocabulary is None:
         writer.add_vocab_size(config.vocab_size)
         writer.add_tokenizer_model("no_vocab")
     else:
-        _add_vocabulary(writer, vocabulary, config)
-    return writer
-
-
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: ModelConfig) -> None:
-    if len(vocabulary.tokens) != config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {len(vocabulary.tokens)} entries, expected {config.vocab_size}, "
-            "the rows of the embedding table"
-        )
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.types))
-    writer.add_token_merges(list(vocabulary.merges))
-    for kind, token in vocabulary.special_ids.items():
-        writer.add_uint32(_special_key(kind), token)
+        full = vocabulary.padded(config.vocab_size)
+        if not full.pre:
+            raise CheckpointError(
+                "the tokenizer's pre-tokenizer is not one that GGUF files can name "
+                f"({', '.join(SPLITS)}); convert without the tokenizer"
+            )
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(full.pre)
+        writer.add_token_list(list(full.tokens))
+        writer.add_token_types(list(full.types))
+        writer.add_token_merges(list(full.merges))
+    for kind, token in _special_ids(vocabulary, config).items():
+        writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", token)
+    if vocabulary is None:
+        return
     if vocabulary.add_bos is not None:
         writer.add_add_bos_token(vocabulary.add_bos)
     if vocabulary.add_eos is not None:
@@ -166,9 +170,18 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, config: ModelConfig) ->
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _special_key(kind: str) -> str:
-    names = {"pad": "padding", "unk": "unknown", "sep": "seperator"}  # GGUF's own spelling
-    return f"tokenizer.ggml.{names.get(kind, kind)}_token_id"
+def _special_ids(vocabulary: Vocabulary | None, config: ModelConfig) -> dict[str, int]:
+    """The tokenizer's special ids, completed by config.json's; GGUF holds one end-of-turn id
+    beside the end of text, so of several stop ids the last one becomes it."""
+    ids = dict(vocabulary.special_ids) if vocabulary else {}
+    if config.bos_token_id is not None:
+        ids.setdefault("bos", config.bos_token_id)
+    for token in config.eos_token_id[:1]:
+        ids.setdefault("eos", token)
+    for token in config.eos_token_id[-1:]:
+        if token != ids["eos"]:
+            ids.setdefault("eot", token)
+    return ids
 
 
 def _write_header(writer: Any, path: Path) -> None:
@@ -191,15 +204,16 @@ def _encoded(source: StoredSource, spec: TensorSpec, kind: BlockType) -> Iterato
         scale = source.norm_scale(spec.key, spec.layer, np.float32)
         yield _encode(scale[None, :], kind, tensor.where)
     elif tensor.kind.name == kind.name:
-        for start, stop in _row_ranges(tensor):
+        for start, stop in row_ranges(tensor):
             yield np.ascontiguousarray(tensor.rows[start:stop])
     else:
-        for start, stop in _row_ranges(tensor):
+        for start, stop in row_ranges(tensor):
             values = tensor.values(start, stop).astype(np.float32, copy=False)
             yield _encode(values, kind, tensor.where)
 
 
-def _row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `CHUNK_VALUES` values that cover a tensor."""
     step = max(1, CHUNK_VALUES // tensor.spec.shape[-1])
     n = tensor.rows.shape[0]
     for start in range(0, n, step):

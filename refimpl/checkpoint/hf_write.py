@@ -7,7 +7,7 @@ Tensors are written chunk by chunk, so memory stays at one chunk (one expert, a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def write_hf(
     out_dir: Path,
     dtype: str = "bf16",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    extra_files: Sequence[Path] = (),
+    extra_files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint folder; it appears whole or not at all.
@@ -51,7 +51,7 @@ def write_hf(
         dtype: 'bf16', 'f16' or 'f32'; the router's selection bias is always F32, because the
             published code keeps that parameter in float32.
         max_shard_bytes: a new shard starts before this size is passed; one tensor is never split.
-        extra_files: files to copy beside it, such as tokenizer.json.
+        extra_files: name to contents of files to put beside it, such as tokenizer.json.
 
     Raises:
         InputError: unknown dtype, or `out_dir` exists already or cannot be written.
@@ -67,9 +67,9 @@ def write_hf(
             done = _write_shard(part / name, shard, chunks, dtype, done, total, progress)
         if len(shards) > 1:
             _write_index(part, names, shards, total)
-        for path in extra_files:
-            with atomic_file(part / path.name) as file:
-                file.write(path.read_bytes())
+        for file_name, contents in (extra_files or {}).items():
+            with atomic_file(part / file_name) as file:
+                file.write(contents)
         data = to_hf(config) | {"torch_dtype": _TORCH_NAMES[dtype]}
         with atomic_file(part / "config.json") as file:
             file.write((json.dumps(data, indent=2) + "\n").encode())

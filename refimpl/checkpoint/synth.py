@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from refimpl.checkpoint.hf_write import DEFAULT_SHARD_BYTES, Progress, write_hf
 from refimpl.config import FULL, SLIDING, LayerKind, ModelConfig, RopeScaling
 from refimpl.inventory import TensorSpec, inventory
+from refimpl.text.byte_tokenizer import SIZE, byte_tokenizer_files
 
 Array = NDArray[Any]
 
@@ -114,7 +115,9 @@ def synthesize(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Path:
-    """Write a seeded random checkpoint folder (config.json and safetensors).
+    """Write a seeded random checkpoint folder (config.json, safetensors, a byte tokenizer).
+
+    The tokenizer (see `refimpl.text.byte_tokenizer`) is left out if the vocabulary is too small.
 
     Args:
         dtype: 'bf16', 'f16' or 'f32'; the values are drawn in float32 and rounded to it.
@@ -128,7 +131,8 @@ def synthesize(
         Path(out_dir),
         dtype,
         max_shard_bytes,
-        progress=progress,
+        byte_tokenizer_files() if config.vocab_size >= SIZE else None,
+        progress,
     )
 
 

@@ -1,0 +1,85 @@
+"""From one checkpoint format to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.checkpoint.gguf_write import FILE_TYPES, row_ranges, write_gguf
+from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
+from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.errors import InputError
+from refimpl.inventory import TensorSpec
+from refimpl.text.tokenizer import tokenizer_of
+
+Array = NDArray[Any]
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+)  # fmt: skip
+
+
+def convert(
+    src_path: str | Path,
+    out_path: str | Path,
+    file_type: str,
+    mtp: bool = True,
+    progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """Convert a checkpoint to one GGUF file, or to a Hugging Face folder.
+
+    Args:
+        out_path: ends in .gguf for a GGUF file ('f32', 'f16', 'bf16', 'q8_0', 'q4_0'); anything
+            else is a new folder ('f32', 'f16', 'bf16').
+        mtp: whether the MTP layers are kept.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        Notes for the user, one sentence each.
+
+    Raises:
+        InputError: unknown type, or the output cannot be written or is the input.
+        CheckpointError, ConfigError: the source cannot be used or not expressed.
+    """
+    src, out = Path(src_path), Path(out_path)
+    to_gguf = out.suffix == ".gguf"
+    known = FILE_TYPES if to_gguf else STORED
+    if file_type not in known:
+        form = "GGUF file" if to_gguf else "folder of safetensors"
+        raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
+    if out.exists() and src.exists() and out.samefile(src):
+        raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
+    source = open_checkpoint(src)
+    notes = list(source.warnings)
+    try:
+        if to_gguf:
+            tokenizer = tokenizer_of(src, source.metadata or None)
+            vocabulary = tokenizer.vocabulary if tokenizer else None
+            if vocabulary is None:
+                notes.append(f"{src}: no tokenizer found; the file will take token ids only")
+            name = src.resolve().stem
+            write_gguf(source, out, file_type, vocabulary, mtp, name=name, progress=progress)
+        else:
+            config = source.config if mtp else source.config.without_mtp()
+            extra = {n: (src / n).read_bytes() for n in _TOKENIZER_FILES if (src / n).is_file()}
+            write_hf(
+                config, lambda t: hf_chunks(source, t), out, file_type, extra_files=extra,
+                progress=progress,
+            )  # fmt: skip
+    finally:
+        source.close()
+    return tuple(notes)
+
+
+def hf_chunks(source: StoredSource, spec: TensorSpec) -> Iterator[Array]:
+    """A tensor's values for `write_hf`, a few rows at a time; norms as w = scale - 1."""
+    if spec.plus_one:
+        yield source.norm_scale(spec.key, spec.layer, np.float64) - 1.0
+        return
+    tensor = source.stored(spec.key, spec.layer)
+    for start, stop in row_ranges(tensor):
+        yield tensor.values(start, stop)
