@@ -1,0 +1,209 @@
+"""Compare two golden files layer by layer and name the first place where they part.
+
+Axes as in `refimpl.golden.files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.errors import InputError
+
+Array = NDArray[Any]
+
+# Largest tolerated |difference| in units of max(1, rms of the first file's array), by the less
+# precise run: float64 and float32 as the golden tests demand, bf16 a few units in the last place.
+TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "bf16": 5e-2}
+_LAYERED = ("attn_out", "ffn_out", "hidden")
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one array (or one layer of it) is from its counterpart.
+
+    `nmse` is mean squared difference over mean square; `kl_mean`, `kl_p95` (nats), `top1`,
+    `top5` (share of rows) are filled for logits. `first` lists the first offending values as
+    (index, first file, second file).
+    """
+
+    name: str
+    layer: int | None
+    max: float
+    rms: float
+    nmse: float
+    departs: bool
+    kl_mean: float | None = None
+    kl_p95: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    first: list[tuple[list[int], float, float]] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The array, with its layer if it has one."""
+        if self.layer is None:
+            return self.name
+        if self.name == "hidden":
+            return "embeddings" if self.layer < 0 else f"layer {self.layer} output"
+        return f"layer {self.layer} {self.name}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences in order of computation, and the verdict."""
+
+    differences: list[Difference]
+    tolerance: float
+    missing: list[str]
+
+    @property
+    def first_departure(self) -> Difference | None:
+        """The first place, in order of computation, outside the tolerance."""
+        return next((d for d in self.differences if d.departs), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        first = self.first_departure
+        return {
+            "equal": first is None,
+            "tolerance": self.tolerance,
+            "first_departure": None if first is None else {"place": first.place, **asdict(first)},
+            "differences": [{"place": d.place, **asdict(d)} for d in self.differences],
+            "only_in_one_file": self.missing,
+        }
+
+
+def compare(
+    a: Mapping[str, Array],
+    b: Mapping[str, Array],
+    dtypes: tuple[str | None, str | None] = (None, None),
+    tolerance: float | None = None,
+) -> Comparison:
+    """Compare the arrays that both files hold.
+
+    Args:
+        dtypes: precision of each run by name; None = from its logits' type.
+        tolerance: overrides the table by precision.
+
+    Raises:
+        InputError: nothing in common, different prompts, or shapes that do not match.
+    """
+    if "prompt" in a and "prompt" in b and not np.array_equal(a["prompt"], b["prompt"]):
+        raise InputError("the two files were made from different prompts; compare like with like")
+    common = [name for name in _order(a) if name in b]
+    if not common:
+        raise InputError("the two files have no array in common; expected at least `logits`")
+    for name in common:
+        if a[name].shape != b[name].shape:
+            raise InputError(
+                f"array `{name}` has shape {a[name].shape} in one file and {b[name].shape} in "
+                "the other; are they of the same model?"
+            )
+        if a[name].dtype.kind not in "fiub" or b[name].dtype.kind not in "fiub":
+            raise InputError(f"array `{name}` does not hold numbers")
+    if tolerance is None:
+        names = [d or _precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
+        tolerance = max(TOLERANCE.get(n, TOLERANCE["float32"]) for n in names)
+    differences = list(_differences(a, b, common, tolerance))
+    missing = sorted(set(a) ^ set(b))
+    return Comparison(differences, tolerance, missing)
+
+
+def _precision(arrays: Mapping[str, Array]) -> str:
+    wide = any(x.dtype == np.float64 for x in arrays.values())
+    return "float64" if wide else "float32"
+
+
+def _order(arrays: Mapping[str, Array]) -> list[str]:
+    """Array names in the order in which a model computes them; indices have no magnitude."""
+    rest = ["final", "logits", "greedy", "greedy_logits"]
+    known = [*_LAYERED, "route_idx", "route_w", *rest]
+    later = sorted(n for n in arrays if n.startswith(("mtp_", "draft_", "spec_")))
+    return [n for n in [*known, *later] if n in arrays]
+
+
+def _differences(
+    a: Mapping[str, Array], b: Mapping[str, Array], common: list[str], tolerance: float
+) -> Iterator[Difference]:
+    layered = [n for n in common if n in (*_LAYERED, "route_idx", "route_w")]
+    if "hidden" in common:
+        yield _difference("hidden", -1, a["hidden"][0], b["hidden"][0], tolerance)
+    moe = [int(i) for i in a.get("moe_layers", np.zeros(0))]
+    for layer in range(_layer_count(a, layered)):
+        for name in ("attn_out", "route_idx", "route_w", "ffn_out", "hidden"):
+            if name not in layered:
+                continue
+            if name.startswith("route"):
+                if layer in moe and moe.index(layer) < len(a[name]):
+                    i = moe.index(layer)
+                    yield _difference(name, layer, a[name][i], b[name][i], tolerance)
+                continue
+            i = layer + 1 if name == "hidden" else layer
+            yield _difference(name, layer, a[name][i], b[name][i], tolerance)
+    for name in common:
+        if name not in layered:
+            yield _difference(name, None, a[name], b[name], tolerance)
+
+
+def _layer_count(arrays: Mapping[str, Array], layered: list[str]) -> int:
+    counts = {"hidden": -1, "attn_out": 0, "ffn_out": 0}
+    found = [len(arrays[n]) + extra for n, extra in counts.items() if n in layered]
+    if "moe_layers" in arrays and len(arrays["moe_layers"]):
+        found.append(int(arrays["moe_layers"].max()) + 1)
+    return max(found, default=0)
+
+
+def _difference(name: str, layer: int | None, a: Array, b: Array, tolerance: float) -> Difference:
+    if a.dtype.kind in "iub":
+        wrong = a != b
+        return Difference(
+            name, layer, float(wrong.any()), float(np.sqrt(wrong.mean())) if a.size else 0.0,
+            float(wrong.mean()) if a.size else 0.0, bool(wrong.any()), first=_first(wrong, a, b),
+        )  # fmt: skip
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    delta = np.abs(x - y)
+    scale = max(1.0, float(np.sqrt(np.mean(x**2)))) if x.size else 1.0
+    wrong = ~(delta <= tolerance * scale)  # a NaN is an offence
+    square = float(np.mean(x**2)) if x.size else 0.0
+    rms = float(np.sqrt(np.mean(delta**2))) if x.size else 0.0
+    logits = "logits" in name and x.ndim == 2 and x.size
+    return Difference(
+        name,
+        layer,
+        float(delta.max()) if x.size else 0.0,
+        rms,
+        rms**2 / square if square else rms**2,
+        bool(wrong.any()),
+        first=_first(wrong, x, y),
+        **(_distribution(x, y) if logits else {}),
+    )
+
+
+def _first(wrong: Array, a: Array, b: Array) -> list[tuple[list[int], float, float]]:
+    where = np.argwhere(wrong)[:_SHOWN]
+    return [([int(i) for i in w], float(a[tuple(w)]), float(b[tuple(w)])) for w in where]
+
+
+def _distribution(x: Array, y: Array) -> dict[str, float]:
+    """KL(softmax x || softmax y) over rows and agreement of the leading tokens: (T, V) each."""
+    p, q = _log_softmax(x), _log_softmax(y)
+    kl = np.sum(np.exp(p) * (p - q), axis=-1)  # (T,)
+    best_x, best_y = np.argmax(x, axis=-1), np.argmax(y, axis=-1)
+    five = np.argsort(-y, axis=-1, kind="stable")[:, :5]
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_p95": float(np.percentile(kl, 95)),
+        "top1": float((best_x == best_y).mean()),
+        "top5": float((five == best_x[:, None]).any(axis=-1).mean()),
+    }
+
+
+def _log_softmax(x: Array) -> Array:
+    z = x - x.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))

@@ -1,0 +1,112 @@
+"""Golden files: NumPy .npz archives with a JSON description under `meta`.
+
+Arrays (axes: T prompt, N new tokens, L trunk layers, M MoE layers, H hidden_size, V vocabulary,
+k experts per token): `prompt` (T,), `logits` (T, V), `hidden` (L+1, T, H), `final` (T, H),
+`attn_out`, `ffn_out` (L, T, H), `moe_layers` (M,), `route_idx`, `route_w` (M, T, k),
+`route_margin` (M, T); with new tokens `greedy` (N,), `greedy_logits` (N, V); with MTP layers
+`mtp_forced_logits_j` (T-1-j, V), `mtp_forced_hidden_j` (T-1-j, H), `draft_chain`,
+`draft_chain_logits`, `spec_accepted`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.checkpoint.atomic import atomic_file
+from refimpl.config import ModelConfig
+from refimpl.config_io import to_hf
+from refimpl.errors import InputError
+
+Array = NDArray[Any]
+MAGIC = "refimpl-golden"
+VERSION = 1
+_MAX_ARRAYS = 4096
+_MAX_BYTES = 1 << 40
+_MAX_META_BYTES = 1 << 20
+
+
+def config_hash(config: ModelConfig) -> str:
+    """SHA-256 of the configuration in its config.json spelling."""
+    text = json.dumps(to_hf(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_golden(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
+    """Write a golden file whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    header = {"magic": MAGIC, "version": VERSION, **meta}
+    with atomic_file(path) as file:
+        np.savez(file, meta=np.array(json.dumps(header)), **dict(arrays))  # type: ignore[arg-type]
+
+
+def read_golden(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Arrays and description of a golden file (an .npz without `meta` has an empty one).
+
+    Raises:
+        InputError: missing, damaged, pickled, of another version, or implausibly large.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        size, on_disk = sum(e.file_size for e in entries), path.stat().st_size
+        if len(entries) > _MAX_ARRAYS or size > _MAX_BYTES or size > 1000 * on_disk + (1 << 20):
+            raise InputError(f"{path}: {len(entries)} arrays of {size} bytes is no golden file")
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, MemoryError) as error:
+        raise InputError(
+            f"{path}: not a readable golden file ({error}); expected an .npz written by "
+            "`refimpl golden dump`"
+        ) from None
+    return arrays, _meta(path, arrays.pop("meta", None))
+
+
+def _meta(path: Path, value: Array | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    try:
+        if value.nbytes > _MAX_META_BYTES or value.dtype.kind != "U":
+            raise ValueError("wrong type or size")
+        meta = json.loads(str(value))
+        if not isinstance(meta, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: its description `meta` is not valid ({error})") from None
+    if meta.get("magic") == MAGIC and meta.get("version") != VERSION:
+        raise InputError(
+            f"{path}: golden version {meta.get('version')!r}, this program reads {VERSION}"
+        )
+    return meta
+
+
+def read_tokens(text: str, origin: str) -> list[int]:
+    """A JSON list of token ids.
+
+    Raises:
+        InputError: not JSON, not a list of non-negative integers, or empty.
+    """
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{origin}: not valid JSON ({error}); expected a list of ids") from None
+    ok = isinstance(ids, list) and all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids
+    )
+    if not ok:
+        raise InputError(f"{origin}: expected a JSON list of token ids such as [1, 5, 7]")
+    if not ids:
+        raise InputError(f"{origin}: the list of token ids is empty; at least one is needed")
+    return list(ids)
