@@ -178,22 +178,25 @@ def _draft_llamacpp(
         if n == len(hidden):
             cache.add(level, np.zeros_like(hidden[:1]))
         cache.add(level, hidden)
-    m = hidden[:0]
+    chain = hidden[:0]
     for k in range(depth):
         u, start = np.concatenate([*cache.take(k), hidden[:0]]), cache.done[k]
         positions = np.arange(start, start + len(u))
         prefix = _rows(w, k, u, tokens.at(positions), positions, cache.kv[k])
         cache.done[k] += len(u)
-        m = prefix[-1:] if k == 0 else _slot(w, k, m, tokens.at(np.array([n + k])), n, cache)
+        slots = np.arange(n + 1, n + 1 + k)
+        m = _slots(w, k, chain, tokens.at(slots), slots, cache) if k else prefix[-1:]
+        chain = np.concatenate([chain, m])
         tokens.drafts.append(choose(mtp_head(w, k, m)[0]))
     return tokens.drafts
 
 
-def _slot(w: Weights, k: int, u: Array, token: Array, n: int, cache: MtpCache) -> Array:
-    """One draft slot of head k >= 1 at position n + k, not kept in its cache."""
-    m = _rows(w, k, u, token, np.array([n + k]), cache.kv[k])
-    cache.kv[k].rollback(1)
-    return m
+def _slots(w: Weights, k: int, chain: Array, tokens: Array, slots: Array, cache: MtpCache) -> Array:
+    """Head k >= 1 over all k draft slots, slot i fed with head i's last row: chain (k, H),
+    tokens and positions (k,) -> the last row (1, H). Nothing stays in the head's cache."""
+    m = _rows(w, k, chain, tokens, slots, cache.kv[k])
+    cache.kv[k].rollback(k)
+    return m[-1:]
 
 
 def _forced_llamacpp(w: Weights, cache: MtpCache, ids: Array, hidden: Array) -> list[Array]:
@@ -201,11 +204,14 @@ def _forced_llamacpp(w: Weights, cache: MtpCache, ids: Array, hidden: Array) -> 
     out: list[list[Array]] = [[] for _ in cache.kv]
     before = np.concatenate([np.zeros_like(hidden[:1]), hidden])  # row p = h_{p-1}
     for p in range(len(ids)):
-        m = before[:0]
+        chain = before[:0]
         for k, kv in enumerate(cache.kv):
-            row = _rows(w, k, before[p : p + 1], ids[p : p + 1], np.array([p]), kv)
+            m = _rows(w, k, before[p : p + 1], ids[p : p + 1], np.array([p]), kv)
             if not p or p + k >= len(ids):
                 continue
-            m = row if k == 0 else _slot(w, k, m, ids[p + k : p + k + 1], p, cache)
+            if k:
+                slots = np.arange(p + 1, p + 1 + k)
+                m = _slots(w, k, chain, ids[slots], slots, cache)
+            chain = np.concatenate([chain, m])
             out[k].append(m)
     return [np.concatenate([*rows, hidden[:0]]) for rows in out]
