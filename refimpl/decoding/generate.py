@@ -23,6 +23,7 @@ from refimpl.decoding.generation import (
     StepRecord,
     Timings,
 )
+from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.decoding.policy import AutoDepth, DraftPolicy, FixedDepth
 from refimpl.decoding.sampling import fresh_seed
 from refimpl.decoding.speculative import Picker
@@ -99,11 +100,13 @@ def draft_policy(mtp: int | str, layers: int) -> DraftPolicy:
     """The policy that `mtp` (a number of drafts or "auto") asks of a model with MTP `layers`.
 
     Raises:
-        InputError: more drafts than layers.
+        InputError: more drafts than layers, or than one step can verify.
     """
     if mtp == "auto":
-        return AutoDepth(layers)
+        return AutoDepth(min(layers, SPECULATIVE_ROWS))
     depth = int(mtp)
+    if depth > SPECULATIVE_ROWS:
+        raise InputError(f"mtp is {depth}; at most {SPECULATIVE_ROWS} drafts can be verified")
     if depth > layers:
         have = f"{layers} MTP layer" + ("" if layers == 1 else "s")
         raise InputError(f"mtp is {depth}, but the model has {have}: ask for at most {layers}")
@@ -143,7 +146,7 @@ class _Run:
         self._cache = backend.new_cache(min(wanted, context))
         self._seed = None if sampling.greedy else seed
         self._picker = Picker(sampling, np.random.default_rng(seed))
-        self._unfed: list[tuple[Array, Sequence[int]]] = []
+        self._verified: tuple[Array, list[int]]  # newest rows (R, H) and the token after each
         self._started = time.perf_counter()
         self._prefill_s = 0.0
         self._ttft_s: float | None = None
@@ -152,54 +155,36 @@ class _Run:
         self.finish_reason: FinishReason | None = None
 
     def prefill(self, on_prefill: OnPrefill | None) -> None:
-        """Run the prompt, emit the first new token, and show the prompt to the MTP layers."""
+        """Run the prompt and emit the first new token."""
         prompt, size = self._prompt, self._options.prefill_chunk
-        hidden = self._prefill_chunk(0)
-        for start in range(size, len(prompt), size):
-            self._feed(hidden, prompt[start - size + 1 : start + 1])
+        for start in range(0, len(prompt), size):
+            began = time.perf_counter()
+            end = min(start + size, len(prompt))
+            step = self._backend.prefill(prompt[start:end], self._cache)
+            if end < len(prompt):
+                self._draft(step.hidden, prompt[start + 1 : end + 1], 0)
+            self._prefill_s += time.perf_counter() - began
             if on_prefill is not None:
-                on_prefill(start, len(prompt))
-            hidden = self._prefill_chunk(start)
-        if on_prefill is not None:
-            on_prefill(len(prompt), len(prompt))
-        if self.finish_reason is None:
-            tail = len(hidden) - 1
-            self._feed(hidden[:tail], prompt[len(prompt) - tail :])
-            self._unfed.append((hidden[tail:], self._first))
-
-    def _prefill_chunk(self, start: int) -> Array:
-        """Run the chunk at `start`; after the last one emit the first token. -> hidden (R, H)"""
+                on_prefill(end, len(prompt))
         began = time.perf_counter()
-        chunk = self._prompt[start : start + self._options.prefill_chunk]
-        step = self._backend.prefill(chunk, self._cache)
-        last = start + len(chunk) == len(self._prompt)
-        token = self._picker.pick(step.logits[-1]) if last else None
+        token = self._picker.pick(step.logits[-1])
         now = time.perf_counter()
         self._prefill_s += now - began
-        if token is not None:
-            self._ttft_s = now - self._started
-            self._first, text, self.finish_reason = self._ending.push([token])
-            self._show(self._first, text)
-        return step.hidden
-
-    def _feed(self, hidden: Array, next_tokens: Sequence[int]) -> None:
-        """Show rows (R, H) of the prompt and the tokens after them to the MTP layers."""
-        if self._drafting and len(next_tokens) > 0:
-            began = time.perf_counter()
-            self._backend.draft(self._cache, hidden, next_tokens, 0, self._picker.choose)
-            self._prefill_s += time.perf_counter() - began
+        self._ttft_s = now - self._started
+        self._verified = step.hidden, [*prompt[start + 1 :], token]
+        self._first, text, self.finish_reason = self._ending.push([token])
+        self._show(self._first, text)
 
     def step(self) -> None:
         """Draft, verify, keep what stands, emit it."""
         began = time.perf_counter()
-        newest = self._records[-1].ids[-1] if self._records else self._first[-1]
-        drafts = self._draft(self._depth())
-        step = self._backend.decode([newest, *drafts], self._cache)
+        hidden, tokens = self._verified
+        drafts = self._draft(hidden, tokens, self._depth())
+        step = self._backend.decode([tokens[-1], *drafts], self._cache)
         verdict = self._picker.verify(step.logits, drafts)
         self._cache.rollback(len(drafts) - verdict.accepted)
         new = [*drafts[: verdict.accepted], verdict.token]
-        if self._drafting:
-            self._unfed.append((step.hidden[: len(new)], new))
+        self._verified = step.hidden[: len(new)], new
         seconds = time.perf_counter() - began
         self._policy.update(len(drafts), verdict.accepted, seconds)
         ids, text, self.finish_reason = self._ending.push(new)
@@ -214,18 +199,11 @@ class _Run:
             limit = min(limit, self._options.max_new_tokens - self._ending.count - 1)
         return self._policy.next_depth(limit)
 
-    def _draft(self, depth: int) -> list[int]:
-        """Drafts from the MTP layers, which first see all verified rows they have not seen.
-
-        Without a draft to make they are left alone and see these rows in one go later: while
-        "auto" does not draft, the MTP layers cost nothing.
-        """
-        self._picker.begin()
-        if depth == 0:
+    def _draft(self, hidden: Array, next_tokens: Sequence[int], depth: int) -> list[int]:
+        """Drafts after rows (R, H), each followed by one of `next_tokens` (R,)."""
+        if not self._drafting:
             return []
-        hidden = np.concatenate([rows for rows, _ in self._unfed])
-        next_tokens = [token for _, tokens in self._unfed for token in tokens]
-        self._unfed.clear()
+        self._picker.begin()
         return self._backend.draft(self._cache, hidden, next_tokens, depth, self._picker.choose)
 
     def _show(self, ids: Sequence[int], text: str) -> None:

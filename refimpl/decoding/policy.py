@@ -43,8 +43,8 @@ class AutoDepth:
     slow step decides nothing.
 
     The first steps try every depth three times; then the best k = 0..max_depth is taken, drafts
-    only if they promise more than no drafts by `MARGIN`. Every `PROBE_EVERY`-th step goes to the
-    depth measured longest ago, since text and context change. In expectation the run is
+    only if they promise more than no drafts by `MARGIN`. Since text and context change, every
+    `PROBE_EVERY`-th step goes one deeper or shallower, in turn. In expectation the run is
     therefore as fast as without drafts or faster, but for those trials.
     """
 
@@ -66,10 +66,13 @@ class AutoDepth:
         untried = [k for k in allowed if len(self._times[k]) < self.TRIALS]
         if untried:
             return min(untried, key=lambda k: len(self._times[k]))
-        if (self._steps + 1) % self.PROBE_EVERY == 0:
-            return min(allowed, key=lambda k: self._last_used[k])
         best = max(allowed, key=self.tokens_per_s)
-        return best if self.tokens_per_s(best) > self.MARGIN * self.tokens_per_s(0) else 0
+        if self.tokens_per_s(best) <= self.MARGIN * self.tokens_per_s(0):
+            best = 0
+        if (self._steps + 1) % self.PROBE_EVERY == 0:
+            beside = [k for k in (best - 1, best + 1) if k in allowed]
+            return min(beside, key=lambda k: self._last_used[k], default=best)
+        return best
 
     def update(self, depth: int, accepted: int, seconds: float) -> None:
         self._steps += 1

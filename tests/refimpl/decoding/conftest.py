@@ -113,6 +113,7 @@ class MarkovBackend:
             if position + 1 < cache.length:
                 assert token == cache.tokens[position + 1], "not the token that follows the row"
             cache.fed += 1
+        assert cache.fed == cache.length, "a verified row was not passed on"
         self.depths.append(depth)
         before, last = int(hidden[-1][1]), int(next_tokens[-1])
         drafts: list[int] = []
@@ -138,16 +139,16 @@ class ByteDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config():
     return tiny_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def markov():
     return MarkovBackend
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_decoder():
     return ByteDecoder
