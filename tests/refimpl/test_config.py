@@ -149,7 +149,7 @@ def test_gguf_round_trip() -> None:
 def test_gguf_refusals() -> None:
     c = published()
     keys = gguf_keys(c)
-    with pytest.raises(CheckpointError, match="general.architecture"):
+    with pytest.raises(CheckpointError, match=r"general\.architecture"):
         from_gguf({**keys, "general.architecture": "llama"}, c.vocab_size)
     broken: list[tuple[str, Any]] = [
         ("step35.block_count", None),
