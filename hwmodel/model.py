@@ -59,7 +59,8 @@ class ModelShape:
     """What the cost model knows of a model.
 
     `certain` is False where the shape was guessed from totals. `tensors` holds the trunk and,
-    marked `mtp`, the layers for speculative decoding.
+    marked `mtp`, the layers for speculative decoding. `released` is the month in which engines
+    began to support the architecture; `query_heads` lists the numbers that occur.
     """
 
     name: str
@@ -76,6 +77,9 @@ class ModelShape:
     mtp_layers: int = 0
     certain: bool = True
     source: str = ""
+    released: str = ""
+    query_heads: tuple[int, ...] = ()
+    expert_width: int = 0
 
     @cached_property
     def parameters(self) -> int:
@@ -163,6 +167,9 @@ def shape_of_config(config: ModelConfig, name: str = "step-3.5-flash") -> ModelS
         max_context=config.max_position_embeddings,
         mtp_layers=config.num_nextn_predict_layers,
         source="refimpl.inventory",
+        released="2026-02",
+        query_heads=tuple(sorted({s.num_attention_heads for s in config.trunk})),
+        expert_width=config.moe_intermediate_size if config.moe_layers else 0,
     )
 
 
@@ -253,6 +260,9 @@ def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
         max_context=facts.get("max_context", 131072),
         tied_embedding=bool(facts.get("tied_embedding")),
         source=facts.get("source", ""),
+        released=facts.get("released", ""),
+        query_heads=tuple(sorted({g["query_heads"] for g in facts["attention"] if "query_heads" in g})),
+        expert_width=moe["width"] if moe else 0,
     )
 
 

@@ -58,6 +58,11 @@ class EngineLike(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def family(self) -> str:
+        """Engines that share their kernels."""
+        ...
+
+    @property
     def sliding_cache(self) -> str:
         """`window` (sliding layers hold window + micro-batch rows) or `full`."""
         ...

@@ -1,0 +1,270 @@
+"""The fit file: fitted effects with their covariance, errors, and the runs they came from.
+
+Written by `bench calibrate`, shipped as `hwmodel/fits/published.json`. `seconds` and `spread` are
+the one place where parts and effects become a time and its uncertainty: prediction calls them with
+one run, the fit with all runs at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from refimpl.errors import InputError
+
+from hwmodel.run import NearestRun
+from hwmodel.timing import Part
+
+SCHEMA = 1
+MAX_FIT_BYTES = 8 << 20
+# Standard deviation of an effect before any run is seen, by level (natural logarithm).
+LEVEL_SPREAD: dict[str, float] = {
+    "all": 0.25, "class": 0.25, "group": 0.25, "family": 0.15, "class+group": 0.20,
+    "engine": 0.12, "backend": 0.15, "device": 0.12, "quant": 0.20, "class+quant": 0.15,
+    "group+quant": 0.15, "age": 0.10, "early": 0.15, "depth": 0.30, "type": 0.15, "width": 0.30,
+    "parallel": 0.30, "kind": 0.30, "tokens": 0.15,
+}  # fmt: skip
+
+
+def level_of(effect: str) -> str:
+    """`weights/class=apple` -> `class`."""
+    return effect.partition("/")[2].partition("=")[0]
+
+
+def prior_spread(effect: str) -> float:
+    """Standard deviation of an effect before any run is seen."""
+    return LEVEL_SPREAD.get(level_of(effect), 0.2)
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """One measured figure that the fit was made on.
+
+    `predicted` comes from the fit itself, `held_out` from a refit that never saw its sweep,
+    `new_device` from one that never saw its device.
+    """
+
+    id: str
+    quantity: str
+    config: Mapping[str, Any]
+    measured: float
+    predicted: float
+    held_out: float
+    new_device: float
+    low: float
+    high: float
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Effects and how sure they are.
+
+    Attributes:
+        effects: fitted value by effect name; an effect that is not listed is 0.
+        covariance: of the listed effects, in their order (lower triangle, row by row).
+        sigma: residual spread (natural logarithm) by quantity.
+        band: multiple of the standard deviation that makes the band, by quantity, set so that
+            the bands of held-out runs hold the stated share of them.
+        errors: cross-validation statistics as `bench calibrate` printed them.
+        runs: the measured figures behind it.
+    """
+
+    effects: Mapping[str, float] = field(default_factory=dict)
+    covariance: tuple[tuple[float, ...], ...] = ()
+    sigma: Mapping[str, float] = field(default_factory=dict)
+    band: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, Any] = field(default_factory=dict)
+    runs: tuple[FittedRun, ...] = ()
+    data_hash: str = ""
+    as_of: str = ""
+
+    def effect(self, name: str) -> float:
+        """Fitted value, 0 for an effect the runs say nothing about."""
+        return self.effects.get(name, 0.0)
+
+
+def part_seconds(part: Part, fit: Fit) -> float:
+    """Seconds of one part under a fit."""
+    return part.base_s * math.exp(sum(v * fit.effect(name) for name, v in part.features))
+
+
+def seconds(parts: Sequence[Part], fit: Fit) -> float:
+    """Seconds of a step: the sum of its parts."""
+    return sum(part_seconds(p, fit) for p in parts)
+
+
+def gradient(parts: Sequence[Part], fit: Fit) -> dict[str, float]:
+    """Derivative of the logarithm of the time by each effect."""
+    times = [part_seconds(p, fit) for p in parts]
+    total = sum(times)
+    found: dict[str, float] = {}
+    for part, t in zip(parts, times, strict=True):
+        for name, value in part.features:
+            found[name] = found.get(name, 0.0) + value * t / total
+    return found
+
+
+@lru_cache(maxsize=8)
+def _index(names: tuple[str, ...]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names)}
+
+
+def spread(parts: Sequence[Part], fit: Fit, quantity: str) -> float:
+    """Standard deviation of the logarithm of the time: residual, effects, and what is unseen."""
+    slope = gradient(parts, fit)
+    index = _index(tuple(fit.effects))
+    variance = fit.sigma.get(quantity, 0.15) ** 2
+    known = [(index[name], g) for name, g in slope.items() if name in index]
+    for i, g in known:
+        for j, h in known:
+            row, column = (i, j) if i >= j else (j, i)
+            variance += g * h * fit.covariance[row][column]
+    for name, g in slope.items():
+        if name not in index:
+            variance += (g * prior_spread(name)) ** 2
+    return math.sqrt(variance)
+
+
+def unseen(parts: Sequence[Part], fit: Fit, level: str) -> list[str]:
+    """Effects of a level that the run needs and the fit does not have."""
+    names = {name for p in parts for name, _ in p.features if level_of(name) == level}
+    return sorted(n for n in names if n not in fit.effects)
+
+
+def published_path() -> Path:
+    """The fit that ships with the project."""
+    return Path(__file__).parent / "fits" / "published.json"
+
+
+@lru_cache(maxsize=4)
+def load_fit(path: Path | None = None) -> Fit:
+    """A fit file; without a path the shipped one, or no fit (priors alone) where that is absent.
+
+    Raises:
+        InputError: the file is missing, too large, not JSON, or not a fit of this schema.
+    """
+    if path is None:
+        shipped = published_path()
+        return load_fit(shipped) if shipped.is_file() else Fit()
+    try:
+        if path.stat().st_size > MAX_FIT_BYTES:
+            raise InputError(f"{path}: too large for a fit file ({MAX_FIT_BYTES} bytes at most)")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON fit file ({error})") from None
+    return from_json(data, str(path))
+
+
+def from_json(data: Any, name: str = "fit") -> Fit:
+    """Build a fit from parsed JSON.
+
+    Raises:
+        InputError: a key is missing or of the wrong form; the message names it.
+    """
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise InputError(f"{name}: expected a fit file with schema {SCHEMA}; run bench calibrate")
+    try:
+        effects = {str(k): float(v) for k, v in data["effects"].items()}
+        covariance = tuple(tuple(float(v) for v in row) for row in data["covariance"])
+        runs = tuple(FittedRun(**r) for r in data.get("runs", ()))
+        fit = Fit(
+            effects=effects,
+            covariance=covariance,
+            sigma={str(k): float(v) for k, v in data["sigma"].items()},
+            band={str(k): float(v) for k, v in data["band"].items()},
+            errors=data.get("errors", {}),
+            runs=runs,
+            data_hash=str(data.get("data_hash", "")),
+            as_of=str(data.get("as_of", "")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{name}: not a valid fit file ({error!r}); run bench calibrate") from None
+    shape_ok = len(covariance) == len(effects)
+    shape_ok = shape_ok and all(len(row) == i + 1 for i, row in enumerate(covariance))
+    finite = all(map(math.isfinite, effects.values()))
+    finite = finite and all(math.isfinite(v) for row in covariance for v in row)
+    if not shape_ok or not finite:
+        raise InputError(f"{name}: covariance and effects of the fit do not belong together")
+    return fit
+
+
+def to_json(fit: Fit) -> dict[str, Any]:
+    """The JSON form of a fit, numbers rounded to what the runs support."""
+    return {
+        "schema": SCHEMA,
+        "as_of": fit.as_of,
+        "data_hash": fit.data_hash,
+        "errors": fit.errors,
+        "sigma": {k: round(v, 6) for k, v in fit.sigma.items()},
+        "band": {k: round(v, 6) for k, v in fit.band.items()},
+        "effects": {k: round(v, 6) for k, v in fit.effects.items()},
+        "covariance": [[_short(v) for v in row] for row in fit.covariance],
+        "runs": [
+            {**r.__dict__, "config": dict(r.config), **{k: _digits(getattr(r, k)) for k in _SPEEDS}}
+            for r in fit.runs
+        ],
+    }
+
+
+_SPEEDS = ("measured", "predicted", "held_out", "new_device", "low", "high")
+
+
+def _short(value: float) -> float:
+    return 0.0 if abs(value) < 5e-7 else float(f"{value:.3g}")
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+# How much a difference in each column of the configuration makes a run less alike.
+_UNLIKE = {
+    "model": 3.0, "device": 2.5, "class": 2.5, "engine": 1.5, "quant": 1.5, "devices": 1.0,
+    "split": 1.0, "offload": 2.0, "drafts": 1.0,
+}  # fmt: skip
+_UNLIKE_NUMBERS = {"depth": 0.3, "concurrency": 0.5, "prompt": 0.2}
+
+
+def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """How unlike two configurations are: named columns by weight, numbers by doublings."""
+    total = sum(w for key, w in _UNLIKE.items() if a.get(key) != b.get(key))
+    for key, weight in _UNLIKE_NUMBERS.items():
+        x, y = float(a.get(key) or 0), float(b.get(key) or 0)
+        base = 1024.0 if key != "concurrency" else 1.0
+        total += weight * abs(math.log2((x + base) / (y + base)))
+    return total
+
+
+def nearest_run(fit: Fit, config: Mapping[str, Any], quantity: str) -> NearestRun | None:
+    """The measured run most like a configuration, with its held-out prediction."""
+    candidates = [r for r in fit.runs if r.quantity == quantity]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda r: (distance(config, r.config), r.id))
+    return NearestRun(
+        id=best.id,
+        description=describe(best.config),
+        measured=best.measured,
+        predicted=best.held_out,
+        held_out=True,
+        source=best.source,
+    )
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """One line for a configuration: `Step 3.5 Flash Q4_K_S on m4max, llama.cpp, depth 8192`."""
+    count = int(config.get("devices") or 1)
+    device = f"{count} x {config.get('device')}" if count > 1 else str(config.get("device"))
+    text = f"{config.get('model')} {config.get('quant')} on {device}, {config.get('engine')}"
+    text += f", depth {int(config.get('depth') or 0)}"
+    if int(config.get("concurrency") or 1) > 1:
+        text += f", {int(config['concurrency'])} sequences"
+    return text

@@ -1,0 +1,175 @@
+"""Placement: which devices hold what, whether a split is legal, and the machine it amounts to.
+
+Kinds: one device; layer split (capacity, not speed, at one sequence); tensor and expert parallel
+(speed, and two all-reduces per layer); routed experts or whole layers in host memory; experts
+streamed from disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from refimpl.errors import InputError
+
+from hwmodel.model import ModelShape
+from hwmodel.quant import Quant
+from hwmodel.run import DeviceLike, RunConfig, Split, Workload
+
+# What a host is taken for when a run offloads to it and does not describe it: a desktop with two
+# channels of DDR5-6000 (64 GB/s of 96 sustained), and PCIe 4.0 x16.
+DEFAULT_HOST_BYTES_PER_S = 96e9
+DEFAULT_HOST_LINK_BYTES_PER_S = 32e9
+DEFAULT_LINK_BYTES_PER_S = 32e9
+DEFAULT_SSD_BYTES_PER_S = 5e9
+HOST_FLOP_PER_S = 2e12
+FP8_BLOCK = 128  # width of the scale blocks of the FP8 experts
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices of a run as the time model sees them.
+
+    `bandwidth_bytes_per_s` is the rate at which one token's weights can be read at the
+    datasheet's peak: the sum over devices that work at once, the harmonic mean over devices that
+    work in turn. `parallel` devices split every matrix; `stages` devices work in turn.
+    """
+
+    device_class: str
+    device_name: str
+    bandwidth_bytes_per_s: float
+    kv_bandwidth_bytes_per_s: float
+    flop_per_s: Mapping[str, float]
+    parallel: int
+    stages: int
+    link_kind: str
+    link_bytes_per_s: float
+    host_bandwidth_bytes_per_s: float
+    host_stream_bytes_per_s: float
+    ssd_bytes_per_s: float
+    host_flop_per_s: float = HOST_FLOP_PER_S
+
+    def flop(self, dtype: str) -> float:
+        """Dense peak for a type, or the next wider type that the device has."""
+        order = {"fp8": ("fp8", "fp16", "bf16", "fp32"), "fp16": ("fp16", "bf16", "fp32")}
+        for name in order.get(dtype, ("fp16", "bf16", "fp32")):
+            found = self.flop_per_s.get(name)
+            if found:
+                return found
+        return 20.0 * self.bandwidth_bytes_per_s
+
+    def pipeline(self, chunks: int) -> float:
+        """Speed-up of `chunks` prompt chunks that follow each other through the stages."""
+        return chunks * self.stages / (chunks + self.stages - 1)
+
+
+def machine(run: RunConfig) -> Machine:
+    """The machine of a run.
+
+    Raises:
+        InputError: no device is known.
+    """
+    if not run.devices:
+        raise InputError("the run names no device with a known memory bandwidth")
+    p, n = run.placement, run.device_count
+    first = max(run.devices, key=lambda d: d.count * d.device.memory_bytes).device
+    at_once = p.split in ("tensor", "expert") and n > 1
+    total = sum(d.count * d.device.memory_bytes for d in run.devices)
+    in_turn = 1 / sum(
+        d.count * d.device.memory_bytes / total / d.device.bandwidth_bytes_per_s
+        for d in run.devices
+    )
+    summed = sum(d.count * d.device.bandwidth_bytes_per_s for d in run.devices)
+    wide = summed if at_once else in_turn
+    kv_width = min(n, _kv_heads(run.model)) / n if at_once else 1.0
+    flop = {k: v * (n if at_once else 1) for k, v in first.flop_per_s.items()}
+    link = p.host_link_bytes_per_s or first.host_link_bytes_per_s or DEFAULT_HOST_LINK_BYTES_PER_S
+    host = p.host_bandwidth_bytes_per_s or DEFAULT_HOST_BYTES_PER_S
+    return Machine(
+        device_class=first.device_class,
+        device_name=first.name,
+        bandwidth_bytes_per_s=wide,
+        kv_bandwidth_bytes_per_s=wide * kv_width,
+        flop_per_s=flop,
+        parallel=n if at_once else 1,
+        stages=1 if at_once else n,
+        link_kind=p.link_kind or _link_kind(first),
+        link_bytes_per_s=p.link_bytes_per_s or first.link_bytes_per_s or DEFAULT_LINK_BYTES_PER_S,
+        host_bandwidth_bytes_per_s=host,
+        host_stream_bytes_per_s=min(link * (n if at_once else 1), host),
+        ssd_bytes_per_s=p.ssd_bytes_per_s or DEFAULT_SSD_BYTES_PER_S,
+    )
+
+
+def _kv_heads(model: ModelShape) -> int:
+    widest = max((g.kv_values for g in model.attention), default=0)
+    return max(1, widest // 256)
+
+
+def _link_kind(device: DeviceLike) -> str:
+    kind = str(getattr(device, "link_kind", "")).lower()
+    for known in ("nvlink", "xgmi", "pcie"):
+        if known in kind:
+            return known
+    return "network" if kind else "pcie"
+
+
+def chunk_tokens(run: RunConfig, prompt: int, family: str) -> int:
+    """Prompt tokens computed together: the stated micro-batch, else the engine's own.
+
+    Engines that stream experts layer by layer take the whole prompt as one chunk.
+    """
+    if run.workload.micro_batch:
+        return max(1, run.workload.micro_batch)
+    if family == "ktransformers" and run.placement.host_expert_share > 0:
+        return prompt
+    return max(1, run.engine.engine.micro_batch)
+
+
+def alone(run: RunConfig) -> RunConfig:
+    """The same run with one sequence and an empty cache, as a prompt that joins is computed."""
+    work = Workload(
+        prompt_tokens=run.workload.prompt_tokens,
+        micro_batch=run.workload.micro_batch,
+        kv_type=run.workload.kv_type,
+    )
+    return dataclasses.replace(run, workload=work)
+
+
+def refusal(model: ModelShape, quant: Quant, split: Split, count: int) -> str | None:
+    """Why a split over `count` devices cannot run, None where it can.
+
+    The FP8 experts carry one scale per 128 x 128 block, so their width over the tensor-parallel
+    degree must be a multiple of 128; query heads must divide evenly, and KV heads evenly or be
+    replicated evenly (vLLM recipe of Step 3.5 Flash).
+    """
+    if count < 1:
+        return f"{count} devices is not a number of devices"
+    if split == "single" and count > 1:
+        return f"one device was asked for and {count} given"
+    if split == "layer" and count > model.layers:
+        return f"{count} devices for {model.layers} layers"
+    if split == "expert" and (not model.experts or model.experts % count):
+        return f"{model.experts} experts do not divide by {count}"
+    if split != "tensor" or count == 1:
+        return None
+    heads = model.query_heads
+    bad = [h for h in heads if h % count]
+    if bad:
+        return f"{bad[0]} query heads do not divide by {count}"
+    kv = _kv_heads(model)
+    if kv % count and count % kv:
+        return f"{kv} KV heads neither divide by {count} nor replicate evenly"
+    width = model.expert_width
+    if quant.default == "FP8_BLOCK" and width and (width % count or width // count % FP8_BLOCK):
+        return (
+            f"FP8 experts are {width} wide; over {count} devices that is {width / count:g}, "
+            f"not a multiple of the {FP8_BLOCK}-wide scale blocks"
+        )
+    return None
+
+
+def legal_counts(model: ModelShape, quant: Quant, split: Split, most: int = 8) -> tuple[int, ...]:
+    """Device counts up to `most` that a split can use."""
+    return tuple(n for n in range(1, most + 1) if refusal(model, quant, split, n) is None)

@@ -1,0 +1,183 @@
+"""The one estimator: a configuration in, a speed with its band out.
+
+`predict` is a pure function of the configuration and of the fit file; `plan`, `compare`, tables and
+plots all call it. It never sees a measured figure of the run it predicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from refimpl.errors import RefimplError
+
+from hwmodel.fit import Fit, load_fit, nearest_run, part_seconds, seconds, spread
+from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
+from hwmodel.speculative import tokens_per_step
+from hwmodel.timing import Part, decode_parts, prefill_parts
+
+# Further spread (natural logarithm) for what a run leaves open.
+UNSTATED_DEPTH = 0.10
+UNKNOWN_NAME = 0.20
+GUESSED_SHAPE = 0.20
+BAND = 1.6  # multiple of the standard deviation where a fit states none
+
+
+def predict(run: RunConfig, quantity: Quantity = "decode_tok_s", fit: Fit | None = None) -> Estimate:
+    """The speed of a run.
+
+    `decode_tok_s` is tokens per second of each sequence, `prefill_tok_s` prompt tokens per second
+    of one sequence, `ttft_s` seconds until its first token. The estimate is declined, with the
+    reason, where no device or no size of the weights is known; it never raises for a run.
+    """
+    fit = load_fit() if fit is None else fit
+    try:
+        parts, amount = step_parts(run, quantity)
+    except RefimplError as error:
+        return _declined(quantity, str(error))
+    total = seconds(parts, fit)
+    if not math.isfinite(total) or total <= 0:
+        return _declined(quantity, "the configuration leaves nothing to compute or to read")
+    half = _band(parts, run, fit, quantity)
+    value, low, high = _oriented(quantity, amount, total, half)
+    roof = _roofline(parts)
+    status, reason = _status(run, fit, quantity)
+    nearest = nearest_run(fit, config_columns(run), quantity)
+    return Estimate(
+        quantity=quantity,
+        unit="s" if quantity == "ttft_s" else "tok/s",
+        value=value,
+        low=low,
+        high=high,
+        roofline=roof if quantity == "ttft_s" else amount / roof,
+        limiting=_limiting(parts, fit),
+        terms=_terms(parts, fit),
+        status=status,
+        reason=reason,
+        nearest=nearest,
+        provenance=_provenance(run, fit),
+    )
+
+
+def step_parts(run: RunConfig, quantity: Quantity) -> tuple[list[Part], float]:
+    """The parts of what is timed, and the tokens it yields (1 for ttft_s).
+
+    Raises:
+        InputError: no device with a known bandwidth, or impossible acceptance figures.
+    """
+    if quantity == "decode_tok_s":
+        drafts = run.workload.drafts
+        return decode_parts(run), tokens_per_step(drafts, run.workload.acceptance)
+    parts = prefill_parts(run)
+    if quantity == "prefill_tok_s":
+        return parts, float(max(1, run.workload.prompt_tokens or 512))
+    first = dataclasses.replace(
+        run.workload,
+        depth=(run.workload.depth or 0) + run.workload.prompt_tokens,
+        concurrency=1,
+        drafts=0,
+    )
+    return [*parts, *decode_parts(dataclasses.replace(run, workload=first))], 1.0
+
+
+def _oriented(
+    quantity: Quantity, amount: float, total: float, half: float
+) -> tuple[float, float, float]:
+    value = total if quantity == "ttft_s" else amount / total
+    return value, value * math.exp(-half), value * math.exp(half)
+
+
+def _band(parts: Sequence[Part], run: RunConfig, fit: Fit, quantity: Quantity) -> float:
+    key = "decode_tok_s" if quantity == "decode_tok_s" else "prefill_tok_s"
+    variance = spread(parts, fit, key) ** 2
+    if run.workload.depth is None:
+        variance += UNSTATED_DEPTH**2
+    if run.unknown:
+        variance += UNKNOWN_NAME**2
+    if not run.model.certain:
+        variance += GUESSED_SHAPE**2
+    return fit.band.get(key, BAND) * math.sqrt(variance)
+
+
+def _roofline(parts: Sequence[Part]) -> float:
+    """Seconds at the datasheets' peaks: the busiest resource, nothing else."""
+    busy: dict[str, float] = {}
+    for p in parts:
+        busy[p.resource] = busy.get(p.resource, 0.0) + p.peak_s
+    return max(busy.values()) or math.inf
+
+
+def _limiting(parts: Sequence[Part], fit: Fit) -> str:
+    busy: dict[str, float] = {}
+    for p in parts:
+        busy[p.resource] = busy.get(p.resource, 0.0) + part_seconds(p, fit)
+    return max(busy, key=lambda r: busy[r])
+
+
+def _terms(parts: Sequence[Part], fit: Fit) -> tuple[Term, ...]:
+    merged: dict[str, Term] = {}
+    for p in parts:
+        t = merged.get(p.name, Term(p.name, 0.0))
+        merged[p.name] = Term(
+            p.name, t.seconds + part_seconds(p, fit), t.bytes + p.bytes, t.flop + p.flop
+        )
+    return tuple(merged.values())
+
+
+def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
+    """Calibrated where runs of the same device class and engine family are in the fit."""
+    if run.unknown:
+        return "extrapolated", "; ".join(run.unknown)
+    if not run.model.certain:
+        return "extrapolated", "the model's shape is guessed from its parameters"
+    own = config_columns(run)
+    key = "decode_tok_s" if quantity == "decode_tok_s" else "prefill_tok_s"
+    alike = [
+        r
+        for r in fit.runs
+        if r.quantity == key and all(r.config.get(k) == own[k] for k in ("class", "family"))
+    ]
+    if not alike:
+        return "extrapolated", f"no measured run of {own['family']} on {own['class']}"
+    return "calibrated", ""
+
+
+def _provenance(run: RunConfig, fit: Fit) -> tuple[str, ...]:
+    found = [f"sizes: {run.model.source}"] if run.model.source else []
+    if run.weights_bytes:
+        found.append("weight bytes: stated with the run")
+    found.append(
+        f"efficiencies: fit to {len(fit.runs)} measured figures, {fit.as_of}"
+        if fit.runs
+        else "efficiencies: priors alone, no fit file"
+    )
+    return tuple(found)
+
+
+def _declined(quantity: Quantity, reason: str) -> Estimate:
+    unit = "s" if quantity == "ttft_s" else "tok/s"
+    return Estimate(quantity, unit, None, None, None, None, "", (), "declined", reason)
+
+
+def config_columns(run: RunConfig) -> dict[str, Any]:
+    """The configuration as plain columns, for the fit file and for finding the nearest run."""
+    device = run.devices[0].device if run.devices else None
+    work, place = run.workload, run.placement
+    offload = "host" if place.host_expert_share or place.host_layer_share else ""
+    return {
+        "model": run.model.name,
+        "quant": run.quant.name,
+        "device": device.name if device else "",
+        "class": device.device_class if device else "",
+        "devices": run.device_count,
+        "engine": run.engine.engine.name,
+        "family": run.engine.engine.family or "other",
+        "split": place.split,
+        "offload": offload or ("ssd" if place.ssd_share else ""),
+        "depth": work.depth or 0,
+        "prompt": work.prompt_tokens,
+        "concurrency": work.concurrency,
+        "drafts": work.drafts,
+    }

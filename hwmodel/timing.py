@@ -1,0 +1,380 @@
+"""From counts to seconds: the parts of a step, each at a prior efficiency times fitted effects.
+
+A part takes `base_s x exp(sum of value x effect)`. `base_s` is the part's bytes or operations over
+the datasheet's peak, divided by a prior efficiency read off published runs; the effects are
+learned by `bench calibrate` and are 0 where nothing was learned, so that an unknown device or
+engine falls back to its class and then to the prior. Effects exist for device classes, devices,
+engine families, engines, backends and quant families; never for a run, a sweep or a model.
+
+The fit evaluates the same parts (`hwmodel.fit.seconds`), so that there is one estimator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hwmodel import placement as place
+from hwmodel.memory import kv_value_bytes, stated_scale
+from hwmodel.operations import StepCounts, draft_bytes, step_counts
+from hwmodel.placement import Machine
+from hwmodel.run import RunConfig
+
+REFERENCE_MONTH = 2026 * 12 + 7  # builds are compared with August 2026
+Features = tuple[tuple[str, float], ...]
+
+# Engine families (`Engine.family`) that schedule and launch alike.
+GROUPS: dict[str, str] = {
+    "vllm": "server", "sglang": "server", "tensorrt-llm": "server", "atom": "server",
+    "hosted": "server",
+}  # fmt: skip
+
+# Share of peak bandwidth that large matrices reach, by device class (published runs, rounded).
+BANDWIDTH_PRIOR = {
+    "apple": 0.80, "nvidia-datacenter": 0.75, "nvidia-consumer": 0.88, "nvidia-unified": 0.85,
+    "amd-instinct": 0.60, "amd-apu": 0.80, "amd-consumer": 0.70, "intel": 0.65, "cpu": 0.50,
+}  # fmt: skip
+# Seconds per layer beyond the matrices: launches, normalisation, routing.
+OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
+MOE_OVERHEAD = 50e-6
+COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
+HOST_PRIOR = 0.50  # of host memory's peak bandwidth, experts computed by the processor
+LINK_PRIOR = 0.75  # of a link's datasheet speed
+ALL_REDUCE_S = {"nvlink": 8e-6, "xgmi": 12e-6, "pcie": 25e-6, "network": 40e-6}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step.
+
+    Attributes:
+        base_s: seconds at the prior efficiency.
+        peak_s: seconds at the datasheet's peak (0 for overheads).
+        features: names and values of the effects that change `base_s`.
+    """
+
+    name: str
+    resource: str
+    base_s: float
+    features: Features
+    peak_s: float = 0.0
+    bytes: float = 0.0
+    flop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the effects of a run are looked up by."""
+
+    device_class: str
+    device: str
+    family: str
+    group: str
+    engine: str
+    backend: str
+    quant: str
+    months: float  # age of the build in years before the reference month, 0..2
+    early: float  # 1 for a build of the month the architecture appeared, 0 four months later
+
+    def features(self, part: str, *levels: str) -> Features:
+        """The effects of a part on the levels asked for, and on all runs (`all`)."""
+        known = {
+            "class": self.device_class,
+            "device": self.device,
+            "family": self.family,
+            "engine": self.engine,
+            "backend": f"{self.family}/{self.backend}" if self.backend else "",
+            "quant": self.quant,
+            "group": self.group if self.group != self.family else "",
+            "class+group": f"{self.device_class}+{self.group}",
+            "class+quant": f"{self.device_class}+{self.quant}",
+            "group+quant": f"{self.group}+{self.quant}",
+        }
+        found = [(f"{part}/all", 1.0)]
+        found += [(f"{part}/{level}={known[level]}", 1.0) for level in levels if known[level]]
+        return tuple(found)
+
+
+def months_of(date: str) -> int | None:
+    """`2026-02-13` or `2026-02` as a number of months; `2025` is its middle; None if unreadable."""
+    digits = date.strip()
+    if len(digits) < 4 or not digits[:4].isdigit():
+        return None
+    month = digits[5:7]
+    return int(digits[:4]) * 12 + (int(month) - 1 if month.isdigit() else 6)
+
+
+def context_of(run: RunConfig, machine: Machine) -> Context:
+    """The levels of a run; its date decides how old the build is."""
+    month = months_of(run.engine.date)
+    family = run.engine.engine.family or "other"
+    age = 0.0 if month is None else min(24, max(0, REFERENCE_MONTH - month)) / 12
+    released = months_of(run.model.released)
+    early = 0.0
+    if month is not None and released is not None:
+        early = min(1.0, max(0.0, 1 - (month - released) / 4))
+    return Context(
+        device_class=machine.device_class,
+        device=machine.device_name,
+        family=family,
+        group=GROUPS.get(family, family),
+        engine=run.engine.engine.name,
+        backend=run.engine.backend,
+        quant=run.quant.family,
+        months=age,
+        early=early,
+    )
+
+
+def _age(c: Context, part: str) -> Features:
+    found = []
+    if c.months:
+        found.append((f"{part}/age={c.group}", c.months))
+    if c.early:
+        found += [(f"{part}/early={c.group}", c.early)]
+        found += [(f"{part}/early={c.device_class}+{c.group}", c.early)]
+    return tuple(found)
+
+
+def decode_parts(run: RunConfig) -> list[Part]:
+    """The parts of one decode step: every sequence gains `tokens_per_step` tokens."""
+    machine = place.machine(run)
+    c = context_of(run, machine)
+    work = run.workload
+    rows = 1 + max(0, work.drafts)
+    depth = (work.depth or 0) + work.generated_tokens // 2
+    counts = step_counts(run.model, run.quant, depth, rows, work.concurrency)
+    parts = _weight_parts(run, machine, c, counts, "decode")
+    parts += _kv_parts(run, machine, c, counts, depth)
+    parts += _overhead_parts(run, machine, c, rows)
+    parts += _row_parts(run, machine, c, counts, rows * work.concurrency)
+    parts += _link_parts(run, machine, c, rows * work.concurrency)
+    if work.drafts:
+        parts += _draft_parts(run, machine, c)
+    if _interleaves(run, c):
+        # Every sequence that joins is prefilled while the others wait.
+        share = (work.concurrency - 1) / work.generated_tokens
+        alone = place.alone(run)
+        for p in prefill_parts(alone):
+            parts.append(_scaled(p, share, "prefill of others", c.features("join", "family")))
+    return parts
+
+
+def _interleaves(run: RunConfig, c: Context) -> bool:
+    w = run.workload
+    known = w.prompt_tokens > 0 and w.generated_tokens > 0
+    return c.group == "server" and w.concurrency > 1 and known
+
+
+def _scaled(p: Part, share: float, name: str, extra: Features) -> Part:
+    return Part(
+        name, p.resource, p.base_s * share, p.features + extra, p.peak_s * share,
+        p.bytes * share, p.flop * share,
+    )  # fmt: skip
+
+
+def _weight_parts(
+    run: RunConfig, m: Machine, c: Context, counts: StepCounts, phase: str
+) -> list[Part]:
+    scale = stated_scale(run)
+    read = {role: v * scale for role, v in counts.weight_bytes.items()}
+    routed = read.pop("routed", 0.0)
+    always = sum(read.values())
+    on_host = routed * run.placement.host_expert_share
+    on_disk = routed * run.placement.ssd_share
+    layers_on_host = run.placement.host_layer_share
+    efficiency = BANDWIDTH_PRIOR.get(c.device_class, 0.7)
+    levels = ("class", "device", "class+group", "engine", "backend", "quant", "class+quant")
+    effects = c.features("weights", *levels) + _age(c, "weights")
+    wide = m.bandwidth_bytes_per_s
+    local = (always * (1 - layers_on_host), (routed - on_host - on_disk) * (1 - layers_on_host))
+    parts = [
+        Part(
+            "weights", "memory bandwidth", local[0] / wide / efficiency, effects,
+            local[0] / wide, local[0],
+        )
+    ]  # fmt: skip
+    if local[1] > 0:
+        expert_effects = effects + c.features("experts", "class", "group", "family", "class+group")
+        base = local[1] / wide / efficiency / 0.85
+        parts.append(
+            Part("routed experts", "memory bandwidth", base, expert_effects,
+                 local[1] / wide, local[1])
+        )  # fmt: skip
+    host_bytes = on_host * (1 - layers_on_host) + (always + routed) * layers_on_host
+    if host_bytes > 0:
+        host = m.host_bandwidth_bytes_per_s
+        effects = c.features("host", "family", "quant") + _age(c, "host")
+        base = host_bytes / host / HOST_PRIOR
+        parts.append(
+            Part("host memory", "host memory", base, effects, host_bytes / host, host_bytes)
+        )
+    if on_disk > 0:
+        disk = m.ssd_bytes_per_s
+        base = on_disk / disk / 0.7
+        parts.append(
+            Part("disk", "disk", base, c.features("disk", "family"), on_disk / disk, on_disk)
+        )
+    return parts
+
+
+def _kv_parts(
+    run: RunConfig, m: Machine, c: Context, counts: StepCounts, depth: int
+) -> list[Part]:
+    size = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
+    if size <= 0:
+        return []
+    effects = c.features("kv", "class", "device", "class+group", "engine")
+    effects += ((f"kv/depth={c.device_class}", math.log2(1 + depth / 65536)),)
+    if run.workload.kv_type not in ("f16", "bf16"):
+        effects += ((f"kv/type={run.workload.kv_type}", 1.0),)
+    base = size / m.kv_bandwidth_bytes_per_s
+    return [Part("KV cache", "memory bandwidth", base / 0.55, effects, base, size)]
+
+
+def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
+    per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
+    levels = ("class", "device", "group", "family", "class+group", "engine", "backend")
+    effects = c.features("overhead", *levels) + _age(c, "overhead")
+    base = run.model.layers * per_layer + run.model.moe_layers * MOE_OVERHEAD
+    width = math.log2(run.model.hidden_size / 4096)
+    effects += (("overhead/width", width),)
+    if m.parallel > 1:
+        effects += ((f"overhead/parallel={c.group}", 1.0),)
+    parts = [Part("overhead", "overhead", base, effects)]
+    sequences = run.workload.concurrency
+    if sequences > 1:
+        base = 50e-6 * (sequences - 1)
+        parts.append(Part("scheduling", "overhead", base, c.features("sequence", "family")))
+    if rows > 1:
+        base = 0.1 * run.model.layers * per_layer
+        parts.append(Part("verification", "overhead", base, c.features("verify", "family")))
+    return parts
+
+
+def peak_flop(run: RunConfig, m: Machine) -> float:
+    """Dense peak of all devices that compute at once, for the run's weights."""
+    return m.flop(run.quant.compute_type)
+
+
+def _row_parts(
+    run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int
+) -> list[Part]:
+    """Arithmetic of the rows after the first, which hides behind the reads."""
+    if rows <= 1:
+        return []
+    flop = counts.flop * (rows - 1) / rows
+    peak = peak_flop(run, m)
+    effects = c.features("rows", "class", "group", "family", "class+group", "quant")
+    return [Part("arithmetic", "compute", flop / peak / 0.2, effects, flop / peak, flop=flop)]
+
+
+def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
+    """Two all-reduces per layer for tensor parallel, one hand-over per device for layer split."""
+    hidden_bytes = 2.0 * rows * run.model.hidden_size
+    if m.parallel > 1:
+        hops = 2 * run.model.layers
+        latency = ALL_REDUCE_S.get(m.link_kind, 25e-6) * (1 + math.log2(m.parallel)) / 2
+        moved = hops * hidden_bytes * 2 * (m.parallel - 1) / m.parallel
+        base = hops * latency + moved / m.link_bytes_per_s / LINK_PRIOR
+        effects = c.features("links", "family") + ((f"links/kind={m.link_kind}", 1.0),)
+        return [Part("links", "links", base, effects, moved / m.link_bytes_per_s, moved)]
+    if m.stages > 1:
+        moved = (m.stages - 1) * hidden_bytes
+        base = (m.stages - 1) * 30e-6 + moved / m.link_bytes_per_s / LINK_PRIOR
+        return [Part("links", "links", base, c.features("stages", "family"),
+                     moved / m.link_bytes_per_s, moved)]  # fmt: skip
+    return []
+
+
+def _draft_parts(run: RunConfig, m: Machine, c: Context) -> list[Part]:
+    drafts = run.workload.drafts
+    size = draft_bytes(run.model, run.quant, drafts)
+    if not size:  # a model without MTP layers of known size: a small share of the trunk
+        size = drafts * 0.03 * run.model.active_parameters
+    base = size / m.bandwidth_bytes_per_s
+    per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
+    return [
+        Part("drafts", "memory bandwidth", base / 0.6, c.features("drafts", "family"), base, size),
+        Part("draft overhead", "overhead", drafts * 6 * per_layer,
+             c.features("draft overhead", "family")),
+    ]  # fmt: skip
+
+
+def prefill_parts(run: RunConfig) -> list[Part]:
+    """The parts of computing the whole prompt of one sequence."""
+    machine = place.machine(run)
+    c = context_of(run, machine)
+    prompt = max(1, run.workload.prompt_tokens or 512)
+    depth = run.workload.depth or 0
+    chunk = place.chunk_tokens(run, prompt, c.family)
+    chunks = math.ceil(prompt / chunk)
+    counts = step_counts(run.model, run.quant, depth, prompt, logit_rows=chunks)
+    speedup = machine.pipeline(chunks)
+    parts = _compute_parts(run, machine, c, counts, min(chunk, prompt), speedup)
+    per_chunk = step_counts(run.model, run.quant, depth, min(chunk, prompt), logit_rows=1)
+    parts += _stream_parts(run, machine, c, per_chunk, chunks / speedup)
+    per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
+    base = chunks * run.model.layers * per_layer
+    effects = c.features("prefill overhead", "class", "family") + _age(c, "prefill overhead")
+    parts.append(Part("overhead", "overhead", base, effects))
+    parts += [
+        _scaled(p, chunks, p.name, c.features("prefill links"))
+        for p in _link_parts(run, machine, c, min(chunk, prompt))
+    ]
+    return parts
+
+
+def _compute_parts(
+    run: RunConfig, m: Machine, c: Context, counts: StepCounts, chunk: int, speedup: float
+) -> list[Part]:
+    adds = dict(counts.multiply_adds)
+    scores, routed = adds.pop("scores", 0.0), adds.pop("routed", 0.0)
+    dense = sum(adds.values())
+    peak = peak_flop(run, m) * speedup
+    levels = ("class", "device", "class+group", "engine", "backend", "quant", "class+quant")
+    effects = c.features("compute", *levels) + _age(c, "compute")
+    on_host = run.placement.host_layer_share
+    parts = []
+    if dense > 0:
+        t = 2 * dense / peak
+        parts.append(Part("matrices", "compute", t / COMPUTE_PRIOR, effects, t, flop=2 * dense))
+    if routed > 0:
+        t = 2 * routed / peak
+        each = math.log2(max(0.25, chunk * run.model.top_k / run.model.experts) / 64)
+        extra = c.features("expert compute", "class", "group", "family", "class+group", "quant")
+        extra += ((f"expert compute/tokens={c.device_class}", each), ("expert compute/tokens", each))
+        base = t / COMPUTE_PRIOR / 0.6
+        parts.append(Part("routed experts", "compute", base, effects + extra, t, flop=2 * routed))
+    if scores > 0:
+        t = 2 * scores / m.flop("fp16") / speedup
+        effects = c.features("scores", "class", "device", "class+group", "engine")
+        effects += _age(c, "scores")
+        parts.append(Part("attention", "compute", t / 0.3, effects, t, flop=2 * scores))
+    if on_host > 0:
+        t = 2 * (dense + routed) * on_host / m.host_flop_per_s
+        parts.append(Part("host arithmetic", "compute", t / 0.3, c.features("host compute"), t))
+    return parts
+
+
+def _stream_parts(
+    run: RunConfig, m: Machine, c: Context, chunk: StepCounts, times: float
+) -> list[Part]:
+    """Weights read once per chunk: from the device's memory, over the host link, from disk."""
+    scale = stated_scale(run)
+    read = {role: v * scale for role, v in chunk.weight_bytes.items()}
+    routed = read.get("routed", 0.0) * times
+    total = sum(read.values()) * times
+    host = routed * run.placement.host_expert_share
+    disk = routed * run.placement.ssd_share
+    t = (total - host - disk) / m.bandwidth_bytes_per_s
+    parts = [Part("weight reads", "memory bandwidth", t / 0.7, c.features("stream", "class"), t,
+                  total - host - disk)]  # fmt: skip
+    if host > 0:
+        t = host / m.host_stream_bytes_per_s
+        effects = c.features("host stream", "family", "quant") + _age(c, "host stream")
+        parts.append(Part("host link", "links", t / LINK_PRIOR, effects, t, host))
+    if disk > 0:
+        t = disk / m.ssd_bytes_per_s
+        parts.append(Part("disk", "disk", t / 0.7, c.features("disk", "family"), t, disk))
+    return parts
