@@ -1,0 +1,267 @@
+"""The command `refimpl`: parses and prints; everything else is imported when it is used."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refimpl.cli_support import (
+    INTERRUPTED,
+    SentenceGroup,
+    note,
+    progress_bar,
+    read_text,
+)
+
+if TYPE_CHECKING:
+    from refimpl.backends import OpenModel
+    from refimpl.decoding.generation import GenerateOptions, Generation
+
+
+@click.group(
+    cls=SentenceGroup,
+    lazy={"golden": "refimpl.cli_golden:golden"},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="step-flash-reference", prog_name="refimpl")
+def main() -> None:
+    """Exact reference implementation of Step 3.5 Flash.
+
+    \b
+    Example:
+      refimpl generate 'def fibonacci(n):'
+    """
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--model",
+    default="mini",
+    metavar="PATH|mini",
+    show_default=True,
+    help="GGUF file, Hugging Face folder, or the embedded model.",
+)
+@click.option(
+    "--tokens",
+    metavar="FILE",
+    help="Prompt as a JSON list of token ids, instead of PROMPT ('-' for stdin).",
+)
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Stop after N tokens.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 takes the most probable token, so that runs repeat; above 0 samples.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    default=0,
+    metavar="K",
+    help="Sample from the K most probable tokens (0: all).",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    metavar="P",
+    help="Sample from the fewest tokens whose probabilities sum to P (1: all).",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    metavar="P",
+    help="Drop tokens below P times the highest probability (0: none).",
+)
+@click.option("--seed", type=int, metavar="S", help="Seed of the sampling; drawn if not given.")
+@click.option(
+    "--mtp",
+    type=click.Choice(["0", "1", "2", "3", "auto"]),
+    help="Tokens that the MTP layers draft in every step; auto: as many as pay off. "
+    "[default: 0 with the reference, auto with an engine]",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End the text before TEXT; may be given several times.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["reference", "engine"]),
+    default="reference",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of the reference.",
+)
+@click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.pass_context
+def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any) -> None:
+    """Continue PROMPT ('-' reads it from stdin, as it is).
+
+    The continuation goes to stdout as it comes, without the prompt; speeds and accepted drafts
+    go to stderr. Drafts change the speed only: greedy text is the same with any --mtp, sampled
+    text has the same distribution. The order of the cuts is temperature, top-k, top-p, min-p.
+    Ctrl-C ends the text; what there is, is kept (exit code 130).
+
+    \b
+    Examples:
+      refimpl generate 'def fibonacci(n):' --max-new-tokens 60 --mtp 3
+      refimpl generate - --temperature 0.7 --top-k 40 --seed 1 < prompt.txt
+      refimpl generate --tokens ids.json --json
+    """
+    if (prompt is None) == (given["tokens"] is None):
+        raise click.UsageError("give either a PROMPT or --tokens FILE", ctx)
+    from time import perf_counter
+
+    from refimpl.backends import open_model
+
+    options = _options(given)
+    began = perf_counter()
+    with open_model(given["model"], given["backend"], given["dtype"], given["threads"]) as model:
+        for warning in model.warnings:
+            note(f"note: {warning}")
+        ids = _prompt_ids(model, prompt, given["tokens"])
+        load_s = perf_counter() - began
+        made = _run(model, ids, options, stream=not as_json)
+    _print_speeds(made, given["mtp"])
+    if as_json:
+        about = {k: given[k] for k in ("model", "backend", "dtype")}
+        record = {**made.as_json(), **about}
+        record["timings"]["load_s"] = load_s
+        click.echo(json.dumps(record, allow_nan=False))
+    if made.finish_reason == "interrupted":
+        ctx.exit(INTERRUPTED)
+
+
+def _options(given: dict[str, Any]) -> GenerateOptions:
+    from refimpl.backends import default_mtp
+    from refimpl.decoding.generation import GenerateOptions
+    from refimpl.decoding.sampling import SamplingParams
+
+    given["mtp"] = given["mtp"] or default_mtp(given["backend"])
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    sampling = SamplingParams(**{name: given[name] for name in names})
+    if sampling.greedy and any(given[n] for n in ("top_k", "min_p", "seed")):
+        note("note: without --temperature the most probable token is taken; nothing is sampled")
+    return GenerateOptions(
+        max_new_tokens=given["max_new_tokens"],
+        sampling=sampling,
+        mtp="auto" if given["mtp"] == "auto" else int(given["mtp"]),
+        stop_strings=given["stop"],
+    )
+
+
+def _prompt_ids(model: OpenModel, prompt: str | None, tokens: str | None) -> list[int]:
+    from refimpl.errors import InputError
+    from refimpl.golden.files import read_tokens
+    from refimpl.text.tokenizer import NO_TOKENIZER
+
+    if tokens is not None:
+        return read_tokens(read_text(tokens, "the list of ids"), tokens)
+    assert prompt is not None
+    text = read_text("-", "the prompt") if prompt == "-" else prompt
+    if not text:
+        raise InputError("the prompt is empty: give at least one character")
+    if model.tokenizer is None:
+        raise InputError(NO_TOKENIZER.format(path=model.path))
+    return model.tokenizer.encode(text)
+
+
+def _run(model: OpenModel, ids: list[int], options: GenerateOptions, stream: bool) -> Generation:
+    """Generate, showing the text meanwhile if `stream`."""
+    from refimpl.decoding.generate import generate as run
+
+    shown = 0
+
+    def show(_: object, text: str) -> None:
+        nonlocal shown
+        if text and stream:
+            shown += len(text)
+            click.echo(text, nl=False)
+
+    decoder = model.tokenizer.stream if model.tokenizer is not None else None
+    with progress_bar("prompt") as move:
+        long = move if len(ids) > options.prefill_chunk else None
+        made = run(
+            model.backend, ids, options, new_decoder=decoder, on_tokens=show, on_prefill=long
+        )
+    if stream:
+        if decoder is None:
+            note("note: the checkpoint has no tokenizer; --json gives the ids")
+        click.echo(made.text[shown:])
+    return made
+
+
+def _print_speeds(made: Generation, mtp: str) -> None:
+    t, m = made.timings, made.mtp
+    note(f"prompt: {t.prompt_tokens} tokens in {_speed(t.prefill_s, t.prefill_tokens_per_s)}")
+    if made.ids:
+        speed = _speed(t.decode_s, t.decode_tokens_per_s)
+        note(
+            f"text: first token after {t.ttft_s:.2f} s, {t.decoded_tokens} more in {speed}, "
+            f"ended by: {made.finish_reason}" + (f", seed {made.seed}" if made.seed is not None else "")
+        )
+    if m.drafted:
+        places = zip(m.accepted_by_position, m.drafted_by_position, strict=True)
+        shares = ", ".join(f"{100 * a / d:.0f} %" for a, d in places)
+        note(
+            f"drafts (--mtp {mtp}): {m.accepted} of {m.drafted} accepted in {m.steps} steps, "
+            f"{m.accepted / m.steps:.2f} a step; by position {shares}"
+        )
+
+
+def _speed(seconds: float, tokens_per_s: float | None) -> str:
+    shown = f"{seconds:.2f} s"
+    return shown if tokens_per_s is None else f"{shown} ({tokens_per_s:.1f} tokens/s)"
+
+
+@main.command()
+@click.argument("src")
+@click.argument("out")
+@click.option(
+    "--type",
+    "file_type",
+    required=True,
+    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0"]),
+    help="How matrices are stored; vectors and routers stay f32.",
+)
+@click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
+def convert(src: str, out: str, file_type: str, no_mtp: bool) -> None:
+    """Write the checkpoint SRC (a folder, a GGUF file, or mini) as OUT.
+
+    An OUT that ends in .gguf becomes a GGUF file that llama.cpp loads; any other becomes a
+    Hugging Face folder (f32, f16, bf16).
+
+    \b
+    Example:
+      refimpl convert Step-3.5-Flash step-q4_0.gguf --type q4_0
+    """
+    from refimpl.backends import model_path
+    from refimpl.checkpoint.convert import convert as run
+
+    with progress_bar("writing") as move:
+        notes = run(model_path(src), out, file_type, not no_mtp, move)
+    for remark in notes:
+        note(f"note: {remark}")
+    note(f"wrote {out}")

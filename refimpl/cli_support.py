@@ -1,0 +1,154 @@
+"""What the commands of `refimpl` share: errors as one sentence, commands loaded when used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refimpl.errors import InputError, RefimplError
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class SentenceGroup(click.Group):
+    """A group whose errors are one line on stderr and an exit code, never a traceback.
+
+    Exit code 2 stands for usage and bad input, 130 for Ctrl-C, 141 for a reader that closed the
+    pipe. What else escapes is a bug and shows its traceback.
+
+    Args:
+        lazy: further commands, name to 'module:attribute', imported when they are used.
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = dict(lazy or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
+        return sorted([*super().list_commands(ctx), *self._lazy])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command of that name."""
+        if name not in self._lazy:
+            return super().get_command(ctx, name)
+        module, _, attribute = self._lazy[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line; in standalone mode (the default) ends the process."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = BAD_INPUT
+        except click.ClickException as error:
+            complain(_usage_sentence(error))
+            code = BAD_INPUT
+        except click.Abort:
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command and turn what the user can mend into a sentence."""
+        try:
+            return super().invoke(ctx)
+        except RefimplError as error:
+            complain(str(error))
+        except BrokenPipeError:
+            _forget_stdout()
+            ctx.exit(BROKEN_PIPE)
+        except OSError as error:
+            complain(f"{error.filename or 'file'}: {error.strerror or error}")
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "refimpl"):
+                raise
+            complain(f"the package '{package}' is missing; install it with: pip install {package}")
+        except MemoryError:
+            complain("not enough memory for this; use a smaller model or a shorter context")
+        except KeyboardInterrupt:
+            note("interrupted")
+            ctx.exit(INTERRUPTED)
+        ctx.exit(BAD_INPUT)
+
+
+def _usage_sentence(error: click.ClickException) -> str:
+    message = error.format_message().rstrip(".")
+    ctx = getattr(error, "ctx", None)
+    return f"{message} (see '{ctx.command_path} --help')" if ctx is not None else message
+
+
+def complain(message: str) -> None:
+    """Print an error to stderr, as one line."""
+    note(f"error: {message}")
+
+
+def note(message: str) -> None:
+    """Print a remark to stderr, as one line."""
+    click.echo(f"refimpl: {' '.join(message.splitlines())}", err=True)
+
+
+def _forget_stdout() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's exit does not fail on it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def read_text(path: str, what: str) -> str:
+    """The text of a file, or of stdin for '-'.
+
+    Raises:
+        InputError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    where = "stdin" if path == "-" else path
+    stdin = click.get_binary_stream("stdin")
+    data = stdin.read() if path == "-" else Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: {what} is not UTF-8 (byte {error.start} is {data[error.start]:#04x}); "
+            "save it as UTF-8"
+        ) from None
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Any:
+    """A bar on stderr, shown on a terminal only; gives a function (done, total) that moves it."""
+    with contextlib.ExitStack() as stack:
+        bar: Any = None
+
+        def move(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                shown = click.progressbar(length=total, label=label, file=sys.stderr)
+                bar = stack.enter_context(shown)
+            bar.update(done - bar.pos)
+
+        yield move
+
+
+Progress = Callable[[int, int], None]
