@@ -1,9 +1,9 @@
 """What the golden scripts and their tests agree on: checkpoints, prompt, file form.
 
-A golden file is an `.npz` of the arrays that `refimpl golden dump` writes (same names, so that
-`refimpl golden compare` reads it) plus `meta`, one JSON text: magic and version, the peer and
-its version, the command, and everything needed to make the same weights again without the peer
-(configuration, seed, their sha256). Only NumPy and `refimpl` are used here.
+A golden file has the form that `refimpl golden dump` writes and `refimpl golden compare` reads
+(`refimpl.golden.files`). Its description `meta` also names the peer, its version and the command,
+and holds all that is needed to make the same weights again without the peer: configuration, seed
+and their sha256. Only NumPy and `refimpl` are used here.
 
 Axes: T prompt tokens, V vocabulary, H hidden size, L trunk layers, M MTP layers, N new tokens.
 """
@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from refimpl.checkpoint.synth import PRESETS, random_weights
 from refimpl.config import FULL, SLIDING, ModelConfig
 from refimpl.config_io import from_hf, to_hf
+from refimpl.golden.files import MAGIC, VERSION, config_hash, read_golden
 
 Array = NDArray[Any]
 
-MAGIC = "refimpl-golden-peer"
-VERSION = 1
 FOLDER = Path(__file__).resolve().parent
 PROMPT_TOKENS = 70  # longer than every window, so that the windows bite
 NEW_TOKENS = 32
@@ -95,11 +94,6 @@ def weights_sha256(weights: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def config_sha256(config: ModelConfig) -> str:
-    """sha256 of the configuration's `config.json` object with sorted keys."""
-    return hashlib.sha256(json.dumps(to_hf(config), sort_keys=True).encode()).hexdigest()
-
-
 def save(
     checkpoint: Checkpoint,
     peer: str,
@@ -116,7 +110,7 @@ def save(
         "checkpoint": checkpoint.name,
         "seed": checkpoint.seed,
         "config": to_hf(checkpoint.config),
-        "config_sha256": config_sha256(checkpoint.config),
+        "config_hash": config_hash(checkpoint.config),
         "weights_sha256": weights_sha256(weights),
         "weights_dtype": "f32",
         "peer": peer,
@@ -155,11 +149,9 @@ class Golden:
 
 def load(path: Path) -> Golden:
     """Read a golden file written by `save`."""
-    with np.load(path, allow_pickle=False) as data:
-        arrays = {name: data[name] for name in data.files}
-    meta = json.loads(str(arrays.pop("meta")))
-    if meta.get("magic") != MAGIC or meta.get("version") != VERSION:
-        raise AssertionError(f"{path.name} is not a golden file of version {VERSION}")
+    arrays, meta = read_golden(path)
+    if meta.get("magic") != MAGIC or "peer" not in meta:
+        raise AssertionError(f"{path.name} is not a golden file of a peer")
     return Golden(path, meta, arrays)
 
 
