@@ -86,6 +86,8 @@ def write_gguf(
         CheckpointError: a value does not fit the type.
         ConfigError: the configuration cannot be expressed in GGUF.
     """
+    from gguf import size_label
+
     if file_type not in FILE_TYPES:
         raise InputError(f"type is {file_type!r}, expected one of {', '.join(FILE_TYPES)}")
     config = source.config if mtp else source.config.without_mtp()
@@ -96,6 +98,7 @@ def write_gguf(
     for (spec, kind), size in zip(plan, sizes, strict=True):
         ggml = _ggml_type(kind)
         writer.add_tensor_info(spec.gguf_name, spec.shape, np.dtype(np.float32), size, ggml)
+    writer.add_size_label(size_label(*writer.get_total_parameter_count()))
     done, total = 0, sum(sizes)
     with atomic_file(out) as file:
         _write_header(writer, Path(file.name))

@@ -77,7 +77,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], where: object) -> Vocabula
         )
     tokens = _strings(metadata, "tokens", where)
     stored = metadata.get(_PREFIX + "token_type")
-    types = [NORMAL] * len(tokens) if stored is None else [int(t) for t in stored]
+    types = [NORMAL] * len(tokens) if stored is None else _integers(stored, where)
     if len(types) != len(tokens):
         raise CheckpointError(
             f"{where}: tokenizer.ggml.token_type has {len(types)} entries, "
@@ -102,6 +102,13 @@ def _strings(metadata: Mapping[str, Any], name: str, where: object) -> Sequence[
         found = "missing" if value is None else "not an array of strings"
         raise CheckpointError(f"{where}: {_PREFIX + name} is {found}")
     return value  # type: ignore[return-value]
+
+
+def _integers(value: Any, where: object) -> list[int]:
+    try:
+        return [int(v) for v in value]
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{where}: tokenizer.ggml.token_type is not an array") from None
 
 
 def _special_ids(metadata: Mapping[str, Any], n: int, where: object) -> dict[str, int]:
