@@ -220,7 +220,8 @@ def _print_speeds(made: Generation, mtp: str) -> None:
         speed = _speed(t.decode_s, t.decode_tokens_per_s)
         note(
             f"text: first token after {t.ttft_s:.2f} s, {t.decoded_tokens} more in {speed}, "
-            f"ended by: {made.finish_reason}" + (f", seed {made.seed}" if made.seed is not None else "")
+            f"ended by: {made.finish_reason}"
+            + (f", seed {made.seed}" if made.seed is not None else "")
         )
     if m.drafted:
         places = zip(m.accepted_by_position, m.drafted_by_position, strict=True)

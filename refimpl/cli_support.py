@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,9 @@ def read_text(path: str, what: str) -> str:
         OSError: it cannot be read.
     """
     where = "stdin" if path == "-" else path
-    stdin = click.get_binary_stream("stdin")
-    data = stdin.read() if path == "-" else Path(path).read_bytes()
+    if path == "-" and sys.stdin is None:
+        raise InputError(f"stdin is closed; pass {what} in another way")
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -136,7 +137,7 @@ def read_text(path: str, what: str) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Any:
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, shown on a terminal only; gives a function (done, total) that moves it."""
     with contextlib.ExitStack() as stack:
         bar: Any = None
@@ -149,6 +150,3 @@ def progress_bar(label: str) -> Any:
             bar.update(done - bar.pos)
 
         yield move
-
-
-Progress = Callable[[int, int], None]
