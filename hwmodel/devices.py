@@ -175,13 +175,16 @@ class Device:
 
     @property
     def link_bytes_per_s(self) -> float | None:
-        """Link to a like device in the same machine per direction."""
-        return self._value("links.device_bytes_per_s")
+        """Link to the next like device per direction: in the same machine, or, for a device that
+        is alone in its machine, over the network."""
+        key = "network" if self.max_per_host == 1 else "device"
+        return self._value(f"links.{key}_bytes_per_s")
 
     @property
     def link_kind(self) -> str:
-        """Kind of that link: NVLink, PCIe, xGMI or empty."""
-        return self.texts.get("links.device_kind", "")
+        """Kind of that link: NVLink, PCIe, xGMI, RoCE, Thunderbolt or empty."""
+        key = "network" if self.max_per_host == 1 else "device"
+        return self.texts.get(f"links.{key}_kind", "")
 
     @property
     def network_bytes_per_s(self) -> float | None:

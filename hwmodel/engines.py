@@ -27,15 +27,16 @@ SLIDING_CACHES = ("window", "full")
 _REQUIRED = ("name", "title", "backends", "sliding_cache", "splits", "max_drafts")
 _TOP = {
     "schema", "name", "title", "family", "version", "date", "backends", "formats", "quants",
-    "kv_types", "sliding_cache", "splits", "host_experts", "ssd_streaming", "max_drafts", "plan",
-    "notes", "sources", "memory", "overhead", "efficiency", "flags", "repositories",
+    "published", "kv_types", "sliding_cache", "splits", "host_experts", "ssd_streaming",
+    "max_drafts", "plan", "notes", "sources", "memory", "overhead", "efficiency", "flags",
+    "files", "repositories",
 }  # fmt: skip
 _MEMORY = ("micro_batch", "context_bytes", "fraction")
 _OVERHEAD = ("per_layer_s",)
 _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
-    "flash_attention", "sequences", "split_layer", "tensor", "expert", "memory", "host_experts",
-    "host_expert_layers", "stream", "drafts", "draft_model", "template",
+    "flash_attention", "sequences", "split_layer", "remote", "tensor", "expert", "memory",
+    "host_experts", "host_expert_layers", "stream", "drafts", "draft_model", "template",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class Engine:
         backends: what it runs on.
         formats: files it reads (`gguf`, `safetensors`, `mlx`).
         quants: canonical quant types of Step 3.5 Flash that it can load.
+        published: those of them whose files can be downloaded; a plan searches these.
         kv_types: types of the KV cache, the default first.
         sliding_cache: `window` or `full`, see the module.
         splits: ways to share a model among devices that it supports.
@@ -59,6 +61,7 @@ class Engine:
         in_plan: whether a plan may recommend it.
         quantities: numbers with their source, by dotted key such as `memory.micro_batch`.
         flags: spelling of each setting on the command line.
+        files: name of the file or folder of a quant type's weights.
         repositories: where the weights of a quant type are published.
     """
 
@@ -70,6 +73,7 @@ class Engine:
     backends: tuple[str, ...]
     formats: tuple[str, ...]
     quants: tuple[str, ...]
+    published: tuple[str, ...]
     kv_types: tuple[str, ...]
     sliding_cache: str
     splits: tuple[str, ...]
@@ -80,6 +84,7 @@ class Engine:
     notes: str
     quantities: Mapping[str, Quantity]
     flags: Mapping[str, str]
+    files: Mapping[str, str]
     repositories: Mapping[str, str]
     file: str
 
@@ -159,6 +164,7 @@ def parse_engine(raw: Mapping[str, Any], file: Path | str) -> Engine:
         backends=tuple(raw["backends"]),
         formats=tuple(raw.get("formats", ())),
         quants=tuple(raw.get("quants", ())),
+        published=tuple(raw.get("published", ())),
         kv_types=tuple(raw.get("kv_types", ("f16",))),
         sliding_cache=raw["sliding_cache"],
         splits=tuple(raw["splits"]),
@@ -169,6 +175,7 @@ def parse_engine(raw: Mapping[str, Any], file: Path | str) -> Engine:
         notes=raw.get("notes", ""),
         quantities=_quantities(raw, file, sources),
         flags=raw.get("flags", {}),
+        files=raw.get("files", {}),
         repositories=raw.get("repositories", {}),
         file=str(file),
     )

@@ -1,0 +1,256 @@
+"""What a plan is asked: options read, checked, and turned into devices, engines and quant types.
+
+Every mistake ends in one sentence (`RequestError`, `UnknownNameError`): what was found, what was
+expected, what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwmodel import names
+from hwmodel.devices import Device, load_device
+from hwmodel.engines import Engine, engine_names, load_engine
+from hwmodel.errors import RequestError, UnknownNameError
+from hwmodel.model import ModelShape
+from hwmodel.quant import QUANTS
+from hwmodel.quantity import Quantity
+from hwmodel.run import Split
+
+DEFAULT_CONTEXT = 32768
+MAX_COUNT = 8  # searched when no count is given
+MAX_ASKED_COUNT = 1024
+MAX_CONCURRENCY = 4096
+DEFAULT_HOST = "desktop-ddr5"
+SYSTEM_BYTES = 4e9  # what the host's system keeps of its RAM
+# names that mean something else for this model: its FP8 repository quantises the experts alone,
+# its Int4 repository is a GGUF
+MODEL_QUANTS = {"FP8": "FP8-experts", "INT4": "Q4_K_S"}
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A checked request.
+
+    Attributes:
+        context: tokens of each sequence that the cache must hold.
+        quant, engine, count, split: None where the search is free.
+        ram_bytes: host memory that experts may use, None where offloading is not wanted.
+        host: whose memory that is; its bandwidth decides the speed.
+        acceptance: chance that each draft is accepted, from a statistics file.
+        min_decode: tokens/s of each sequence wanted at the full context.
+        max_price: dollars for all devices together.
+    """
+
+    device: Device
+    model: ModelShape
+    context: int = DEFAULT_CONTEXT
+    concurrency: int = 1
+    quant: str | None = None
+    engine: Engine | None = None
+    count: int | None = None
+    split: Split | None = None
+    ram_bytes: float | None = None
+    host: Device | None = None
+    acceptance: tuple[float, ...] | None = None
+    stats_file: str = ""
+    min_decode: float | None = None
+    max_price: float | None = None
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Engines to search: the one asked for, else all that run on the device."""
+        if self.engine is not None:
+            return (self.engine,)
+        found = (load_engine(n) for n in engine_names(for_plan=True))
+        return tuple(e for e in found if backend_of(e, self.device))
+
+
+def backend_of(engine: Engine, device: Device) -> str:
+    """The first of the device's backends that the engine has, empty where there is none."""
+    return next((b for b in device.api if b in engine.backends), "")
+
+
+def make_request(
+    device: str,
+    model: ModelShape,
+    context: str | int = DEFAULT_CONTEXT,
+    concurrency: int = 1,
+    quant: str | None = None,
+    engine: str | None = None,
+    count: int | None = None,
+    split: Split | None = None,
+    ram_gb: float | None = None,
+    host: str | None = None,
+    stats: str | None = None,
+    min_decode: float | None = None,
+    max_price: float | None = None,
+) -> PlanRequest:
+    """A request from the texts and numbers that a user typed.
+
+    Raises:
+        UnknownNameError: no such device, engine or quant type.
+        DeviceFileError: a device file is not valid.
+        RequestError: a number is absurd, or the options contradict each other.
+    """
+    found = load_device(device)
+    chosen = _engine(engine, found)
+    kind = _quant(quant, chosen)
+    _in_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
+    _in_range("--count", count, 1, MAX_ASKED_COUNT)
+    _in_range("--ram", ram_gb, 0, 1e5, "GB")
+    _in_range("--min-decode", min_decode, 0, 1e6, "tokens/s")
+    _in_range("--max-price", max_price, 0, 1e9, "dollars")
+    if max_price is not None and found.price_usd is None:
+        raise RequestError(
+            f"--max-price: no price is known for {found.name}; add [price] buy_usd to its file"
+        )
+    ram = None if ram_gb is None else ram_gb * 2**30
+    if ram is not None and found.is_cpu:
+        found = with_memory(found, ram)
+    helper = None
+    if ram is not None and not found.unified:
+        helper = load_device(host or DEFAULT_HOST)
+        if not helper.is_cpu:
+            raise RequestError(f"--host {helper.name} is no processor; see 'hwmodel devices list'")
+    elif host is not None:
+        raise RequestError("--host needs --ram and a device with memory of its own")
+    return PlanRequest(
+        device=found,
+        model=model,
+        context=parse_context(context, model),
+        concurrency=concurrency,
+        quant=kind,
+        engine=chosen,
+        count=count,
+        split=split,
+        ram_bytes=ram,
+        host=helper,
+        acceptance=read_acceptance(stats) if stats else None,
+        stats_file=stats or "",
+        min_decode=min_decode,
+        max_price=max_price,
+    )
+
+
+def _in_range(option: str, value: float | None, low: float, high: float, unit: str = "") -> None:
+    if value is None:
+        return
+    if not math.isfinite(value) or not low <= value <= high:
+        shown = f" {unit}" if unit else ""
+        raise RequestError(f"{option} is {value:g}, expected {low:g} to {high:g}{shown}")
+
+
+def _engine(text: str | None, device: Device) -> Engine | None:
+    if text is None:
+        return None
+    engine = load_engine(text)
+    if not engine.in_plan and not (engine.quants and engine.flags):
+        usable = ", ".join(engine_names(for_plan=True))
+        raise RequestError(f"a plan cannot be made for {engine.title}; engines: {usable}")
+    if not backend_of(engine, device):
+        able = [load_engine(n) for n in engine_names(for_plan=True)]
+        fitting = ", ".join(e.name for e in able if backend_of(e, device)) or "none"
+        runs_on = ", ".join(engine.backends)
+        raise RequestError(
+            f"{engine.title} runs on {runs_on}, {device.name} offers {', '.join(device.api)}; "
+            f"engines for it: {fitting}"
+        )
+    return engine
+
+
+def _quant(text: str | None, engine: Engine | None) -> str | None:
+    if text is None:
+        return None
+    name = names.canonical("quant", text)
+    if name is None:
+        near = names.suggest("quant", text)
+        raise UnknownNameError("quant type", text, near)
+    kind = MODEL_QUANTS.get(name.id, name.id)
+    if kind not in QUANTS:
+        raise UnknownNameError("quant type", text, names.suggest("quant", text))
+    if engine is not None and kind not in engine.quants:
+        known = ", ".join(engine.quants)
+        raise RequestError(f"{engine.title} cannot load {kind} of this model; it loads {known}")
+    return kind
+
+
+def parse_context(text: str | int, model: ModelShape) -> int:
+    """A number of tokens: `32768`, `32K`, `128k`.
+
+    Raises:
+        RequestError: no such number, or more than the model was made for.
+    """
+    match = re.fullmatch(r"\s*(\d{1,12})\s*([kK]i?)?\s*", str(text))
+    if match is None:
+        raise RequestError(f"--context is {text!r}, expected tokens such as 32768 or 32K")
+    tokens = int(match[1]) * (1024 if match[2] else 1)
+    if not 1 <= tokens <= model.max_context:
+        raise RequestError(
+            f"--context is {tokens}, expected 1 to {model.max_context} (the longest context of "
+            f"{model.name})"
+        )
+    return tokens
+
+
+def with_memory(device: Device, total_bytes: float) -> Device:
+    """The same processor with so much RAM, as `--ram` states it.
+
+    Raises:
+        RequestError: less than the operating system keeps.
+    """
+    if total_bytes <= 2 * SYSTEM_BYTES:
+        raise RequestError(f"--ram is {total_bytes / 2**30:g} GB, expected at least 8")
+    stated = Quantity(total_bytes, "--ram", "now")
+    kept = {k: q for k, q in device.quantities.items() if not k.startswith("memory.")}
+    kept["memory.total_bytes"] = stated
+    kept["memory.reserve_bytes"] = Quantity(SYSTEM_BYTES, "unverified", "now", "operating system")
+    return dataclasses.replace(device, quantities=kept)
+
+
+def read_acceptance(path: str) -> tuple[float, ...]:
+    """Acceptance by draft position from a statistics file (`refimpl stats --json`).
+
+    Raises:
+        RequestError: the file cannot be read or holds no acceptance figures between 0 and 1.
+    """
+    try:
+        if Path(path).stat().st_size > 1 << 24:
+            raise RequestError(f"--stats {path}: larger than 16 MiB, expected a statistics file")
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"--stats {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"--stats {path}: not JSON ({error})") from error
+    figures = _acceptance(raw)
+    if not figures:
+        raise RequestError(f"--stats {path}: holds no acceptance by position between 0 and 1")
+    return figures
+
+
+def _acceptance(raw: Any) -> tuple[float, ...]:
+    """The list under a key that starts with `acceptance`, one level deep or two."""
+    if not isinstance(raw, dict):
+        return ()
+    for key, value in raw.items():
+        if key.startswith("acceptance") and isinstance(value, list):
+            return _shares(value)
+    for value in raw.values():
+        found = _acceptance(value) if isinstance(value, dict) else ()
+        if found:
+            return found
+    return ()
+
+
+def _shares(values: Sequence[Any]) -> tuple[float, ...]:
+    good = all(
+        isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values
+    )
+    return tuple(float(v) for v in values[:3]) if good else ()
