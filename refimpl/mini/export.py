@@ -43,6 +43,7 @@ def export(checkpoint: Path, out: Path) -> int:
     save_file(tensors, str(part), metadata={"format": "pt"})
     with open(part, "rb") as file:
         os.fsync(file.fileno())
+    part.chmod(0o644)
     os.replace(part, out / "model.safetensors")
     if out.resolve() != (HERE / "bf16").resolve():
         for name in COMPANIONS:

@@ -10,7 +10,10 @@ INNER = "def outer():\n    x = 1\n    def inner(y):\n"
 
 GOOD = [
     (METHOD, "        self.items.append(item)\n"),
-    (METHOD, "        self.items.append(item)\n        return self.", ),
+    (
+        METHOD,
+        "        self.items.append(item)\n        return self.",
+    ),
     (METHOD, '        """Add an item."""\n        return item\n'),
     (METHOD, "        # a remark\n\n        pass\n"),
     (METHOD, "        self.items = [\n            item,\n        ]\n"),
