@@ -2,9 +2,156 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
+
+from refimpl.cli_support import note, read_text
+
+if TYPE_CHECKING:
+    from refimpl.golden.compare import Comparison, Difference
+
+DIFFERS = 1
 
 
 @click.group()
 def golden() -> None:
     """Dump and compare what a run computes at every layer."""
+
+
+@golden.command()
+@click.option("--model", required=True, metavar="PATH|mini", help="Checkpoint to run.")
+@click.option("--tokens", required=True, metavar="FILE", help="Prompt: a JSON list of token ids.")
+@click.option("--out", required=True, metavar="OUT.npz", help="File to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "bf16"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic; bf16 rounds where the vendor's code does.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["reference", "engine"]),
+    default="reference",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option("--new", type=int, default=0, metavar="N", help="Greedy tokens after the prompt.")
+@click.option("--chunk", type=int, metavar="C", help="Prefill C tokens at a time (default: all).")
+@click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+def dump(
+    model: str,
+    tokens: str,
+    out: str,
+    dtype: str,
+    backend: str,
+    new: int,
+    chunk: int | None,
+    threads: int | None,
+) -> None:
+    """Run the model over a prompt and write everything it computes.
+
+    OUT.npz holds logits, hidden states, attention and FFN outputs of every layer, routing, and
+    with --new the greedy text; for models with MTP layers also their teacher-forced outputs and
+    a draft-and-verify run. The documentation of refimpl.golden.files lists the arrays.
+
+    \b
+    Example:
+      refimpl golden dump --model Step-3.5-Flash --tokens ids.json --out mine.npz --new 16
+    """
+    from refimpl.backends import open_model
+    from refimpl.golden.dump import golden_arrays
+    from refimpl.golden.files import config_hash, read_tokens, write_golden
+
+    ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
+    with open_model(model, backend, dtype, threads) as opened:
+        for warning in opened.warnings:
+            note(f"note: {warning}")
+        arrays = golden_arrays(opened.backend, ids, new, chunk)  # type: ignore[arg-type]
+        meta = {
+            "dtype": dtype,
+            "backend": backend,
+            "chunk": chunk,
+            "config_sha256": config_hash(opened.backend.config),
+            "command": _command(dtype, backend, new, chunk),
+        }
+    write_golden(Path(out), arrays, meta)
+    note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
+
+
+def _command(dtype: str, backend: str, new: int, chunk: int | None) -> str:
+    chunks = "" if chunk is None else f" --chunk {chunk}"
+    return f"refimpl golden dump --dtype {dtype} --backend {backend} --new {new}{chunks}"
+
+
+@golden.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Largest difference in units of max(1, rms) [default: by the less precise run: "
+    "1e-9 float64, 5e-5 float32, 5e-2 bf16].",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.pass_context
+def compare(ctx: click.Context, a: str, b: str, tolerance: float | None, as_json: bool) -> None:
+    """Compare golden files A and B and name the first layer that departs.
+
+    Exit code 0: equal within the tolerance, 1: they differ, 2: they cannot be compared.
+
+    \b
+    Example:
+      refimpl golden compare reference.npz mine.npz
+    """
+    from refimpl.golden.compare import compare as run
+    from refimpl.golden.files import read_golden
+
+    (arrays_a, meta_a), (arrays_b, meta_b) = read_golden(Path(a)), read_golden(Path(b))
+    result = run(arrays_a, arrays_b, (_dtype(meta_a), _dtype(meta_b)), tolerance)
+    click.echo(json.dumps(result.to_json()) if as_json else _table(result))
+    if result.first_departure is not None:
+        ctx.exit(DIFFERS)
+
+
+def _dtype(meta: dict[str, Any]) -> str | None:
+    value = meta.get("dtype")
+    return value if isinstance(value, str) else None
+
+
+def _table(result: Comparison) -> str:
+    head = f"{'where':28} {'max':>9} {'rms':>9} {'NMSE':>9} {'KL mean':>9} {'KL p95':>9}"
+    lines = [f"  {head} {'top-1':>6} {'top-5':>6}"]
+    for d in result.differences:
+        mark = "! " if d.departs else "  "
+        numbers = " ".join(_number(x) for x in (d.max, d.rms, d.nmse, d.kl_mean, d.kl_p95))
+        lines.append(f"{mark}{d.place:28} {numbers} {_share(d.top1)} {_share(d.top5)}".rstrip())
+    if result.missing:
+        lines.append(f"only in one file: {', '.join(result.missing)}")
+    return "\n".join([*lines, *_verdict(result)])
+
+
+def _verdict(result: Comparison) -> list[str]:
+    first = result.first_departure
+    if first is None:
+        return [f"equal within {result.tolerance:g}"]
+    verdict = f"differs from {first.place} on (tolerance {result.tolerance:g})"
+    if first.margin is not None:
+        verdict += f"; the routing margin there is {first.margin:.2g} in A"
+    return [*_values(first), verdict]
+
+
+def _values(d: Difference) -> list[str]:
+    return [f"{d.place}{index}: {x:.9g} in A, {y:.9g} in B" for index, x, y in d.first]
+
+
+def _number(value: float | None) -> str:
+    return f"{'':9}" if value is None else f"{value:9.2e}"
+
+
+def _share(value: float | None) -> str:
+    return f"{'':6}" if value is None else f"{100 * value:5.1f}%"

@@ -6,7 +6,7 @@ Axes as in `refimpl.golden.files`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class Difference:
 
     `nmse` is mean squared difference over mean square; `kl_mean`, `kl_p95` (nats), `top1`,
     `top5` (share of rows) are filled for logits. `first` lists the first offending values as
-    (index, first file, second file).
+    (index, first file, second file). `margin` is the routing margin of the first row whose
+    experts differ: a small one means a near tie that rounding may decide.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Difference:
     kl_p95: float | None = None
     top1: float | None = None
     top5: float | None = None
+    margin: float | None = None
     first: list[tuple[list[int], float, float]] = field(default_factory=list)
 
     @property
@@ -142,13 +144,21 @@ def _differences(
             if name.startswith("route"):
                 if layer in moe and moe.index(layer) < len(a[name]):
                     i = moe.index(layer)
-                    yield _difference(name, layer, a[name][i], b[name][i], tolerance)
+                    found = _difference(name, layer, a[name][i], b[name][i], tolerance)
+                    yield _with_margin(found, a, i) if name == "route_idx" else found
                 continue
             i = layer + 1 if name == "hidden" else layer
             yield _difference(name, layer, a[name][i], b[name][i], tolerance)
     for name in common:
         if name not in layered:
             yield _difference(name, None, a[name], b[name], tolerance)
+
+
+def _with_margin(found: Difference, a: Mapping[str, Array], moe_layer: int) -> Difference:
+    if not found.departs or "route_margin" not in a:
+        return found
+    row = found.first[0][0][0]
+    return replace(found, margin=float(a["route_margin"][moe_layer, row]))
 
 
 def _layer_count(arrays: Mapping[str, Array], layered: list[str]) -> int:
