@@ -136,9 +136,16 @@ def ledger(run: RunConfig, context: int) -> Ledger:
     drafts = min(work.drafts, run.model.mtp_layers)
     mtp = draft_bytes(run.model, run.quant, drafts)
     mtp += kv_bytes(_mtp_cache(run.model), context, work.kv_type, "window", 8) * drafts
-    usable = sum(d.count * d.device.usable_bytes for d in run.devices)
+    taken = getattr(engine, "memory_fraction", 1.0)  # vLLM and SGLang take a share of each device
+    usable = sum(
+        d.count * min(d.device.usable_bytes, taken * d.device.memory_bytes) for d in run.devices
+    )
     raised = sum(
-        d.count * (getattr(d.device, "raised_usable_bytes", None) or d.device.usable_bytes)
+        d.count
+        * min(
+            getattr(d.device, "raised_usable_bytes", None) or d.device.usable_bytes,
+            taken * d.device.memory_bytes,
+        )
         for d in run.devices
     )
     memory = sum(d.count * d.device.memory_bytes for d in run.devices)
