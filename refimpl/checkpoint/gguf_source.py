@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from refimpl.checkpoint.block_types import decode
-from refimpl.checkpoint.gguf_read import GgufFile, GgufTensor, read_gguf
+from refimpl.checkpoint.gguf_parts import read_gguf_parts
+from refimpl.checkpoint.gguf_read import GgufFile, GgufTensor
 from refimpl.checkpoint.stored import (
     DEFAULT_CACHE_BYTES,
     StoredSource,
     StoredTensor,
+    extra_warning,
     missing_mtp,
     missing_tensor,
     no_mtp_warning,
@@ -37,19 +39,19 @@ def open_gguf(path: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSourc
         ConfigError: the keys contradict each other.
         CheckpointError: names the file and tensor, what was found and what was expected.
     """
-    file = read_gguf(path)
+    file = read_gguf_parts(path)
     config = _config(file)
     warnings = []
     specs = gguf_inventory(config)
-    if missing_mtp(config, lambda t: _find(file, t) is not None, specs):
+    if missing_mtp(specs, lambda t: _find(file, t) is not None):
         warnings.append(no_mtp_warning(path, config))
         config = config.without_mtp()
         specs = gguf_inventory(config)
-    tensors = [_checked(file, spec) for spec in specs]
-    extra = set(file.tensors) - {t.where.rpartition(" ")[2] for t in tensors}
+    found = [(spec, _present(file, spec)) for spec in specs]
+    tensors = [_checked(file, spec, tensor) for spec, tensor in found]
+    extra = file.tensors.keys() - {tensor.name for _, tensor in found}
     if extra:
-        names = ", ".join(sorted(extra)[:3]) + (", ..." if len(extra) > 3 else "")
-        warnings.append(f"{path}: {len(extra)} tensors are not part of this model: {names}")
+        warnings.append(extra_warning(path, extra))
     return StoredSource(config, tensors, warnings, cache_bytes, file.metadata)
 
 
@@ -84,11 +86,17 @@ def _find(file: GgufFile, spec: TensorSpec) -> GgufTensor | None:
     return found
 
 
-def _checked(file: GgufFile, spec: TensorSpec) -> StoredTensor:
+def _present(file: GgufFile, spec: TensorSpec) -> GgufTensor:
     tensor = _find(file, spec)
     if tensor is None:
         hint = "the file is incomplete or its keys belong to another model"
+        if "blk.0.attn_norm.weight" not in file.tensors:
+            hint = "a file of MTP layers alone cannot be run; open the main model's file"
         raise missing_tensor(file.path, spec.gguf_name, spec.gguf_shape, hint)
+    return tensor
+
+
+def _checked(file: GgufFile, spec: TensorSpec, tensor: GgufTensor) -> StoredTensor:
     where = f"{file.path}: tensor {tensor.name}"
     if tensor.dims != spec.gguf_shape:
         raise CheckpointError(f"{where} has shape {tensor.dims}, its keys say {spec.gguf_shape}")

@@ -11,6 +11,7 @@ from refimpl.checkpoint.stored import (
     DEFAULT_CACHE_BYTES,
     StoredSource,
     StoredTensor,
+    extra_warning,
     missing_mtp,
     missing_tensor,
     no_mtp_warning,
@@ -37,15 +38,14 @@ def open_hf(folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSourc
     found = _all_entries(folder)
     warnings = []
     specs = inventory(config)
-    if missing_mtp(config, lambda t: t.hf_name in found, specs):
+    if missing_mtp(specs, lambda t: t.hf_name in found):
         warnings.append(no_mtp_warning(folder, config))
         config = config.without_mtp()
         specs = inventory(config)
     tensors = [_checked(folder, spec, found) for spec in specs]
     extra = found.keys() - {spec.hf_name for spec in specs}
     if extra:
-        names = ", ".join(sorted(extra)[:3]) + (", ..." if len(extra) > 3 else "")
-        warnings.append(f"{folder}: {len(extra)} tensors are not part of this model: {names}")
+        warnings.append(extra_warning(folder, extra))
     return StoredSource(config, tensors, warnings, cache_bytes)
 
 

@@ -166,10 +166,10 @@ class StoredSource:
             values = tensor.values(start, start + n)
             if values.dtype != wanted or tensor.kind.plain is None:
                 self.decoded_bytes += n * tensor.rows.shape[1]
-            return _frozen(as_dtype(values, wanted).reshape(shape))
+            return _frozen(np.require(as_dtype(values, wanted), None, "A").reshape(shape))
 
-        if tensor.kind.plain == wanted:
-            return make()
+        if tensor.kind.plain == wanted and tensor.rows.ctypes.data % wanted.itemsize == 0:
+            return make()  # a view of the map
         return self._cache.get((spec.key, spec.layer, index, wanted.str), make)
 
 
@@ -215,10 +215,8 @@ def _frozen(values: Array) -> Array:
     return values
 
 
-def missing_mtp(
-    config: ModelConfig, present: Callable[[TensorSpec], bool], specs: Iterable[TensorSpec]
-) -> bool:
-    """Whether a file declares MTP layers and holds none of their tensors.
+def missing_mtp(specs: Iterable[TensorSpec], present: Callable[[TensorSpec], bool]) -> bool:
+    """Whether MTP layers are declared and none of their tensors is present.
 
     A file that holds only some of them is damaged; the caller's check of every tensor says which.
     """
@@ -235,3 +233,10 @@ def no_mtp_warning(where: object, config: ModelConfig) -> str:
 def missing_tensor(where: object, name: str, shape: tuple[int, ...], hint: str) -> CheckpointError:
     """The refusal for a tensor that the configuration demands and the file lacks."""
     return CheckpointError(f"{where}: tensor {name} is missing, expected shape {shape}; {hint}")
+
+
+def extra_warning(where: object, names: Iterable[str]) -> str:
+    """The note for tensors that the configuration does not know."""
+    extra = sorted(names)
+    shown = ", ".join(f"{name!r:.80}" for name in extra[:3]) + (", ..." if len(extra) > 3 else "")
+    return f"{where}: {len(extra)} tensors are not part of this model and not used: {shown}"

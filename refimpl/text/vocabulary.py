@@ -98,10 +98,10 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], where: object) -> Vocabula
 def _strings(metadata: Mapping[str, Any], name: str, where: object) -> Sequence[str]:
     value = metadata.get(_PREFIX + name)
     ok = isinstance(value, Sequence) and not isinstance(value, str)
-    if not ok or not all(isinstance(v, str) for v in value):
+    if value is None or not ok or not all(isinstance(v, str) for v in value):
         found = "missing" if value is None else "not an array of strings"
         raise CheckpointError(f"{where}: {_PREFIX + name} is {found}")
-    return value  # type: ignore[return-value]
+    return list(value)
 
 
 def _integers(value: Any, where: object) -> list[int]:
