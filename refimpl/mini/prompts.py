@@ -12,7 +12,8 @@ Rule of the judge.  `judge(prompt, continuation)` is true if some number of whol
 continuation, put behind the prompt's last function, is accepted by Python's parser and adds a
 statement that is not a docstring.  Indentation is kept, so the statement is judged in its place;
 a statement that breaks the grammar can not be mended by later lines, so it is the first statement
-that decides.  Comments, blank lines and an unfinished statement add nothing.
+that decides; if it is a compound one, so do all its further lines.  Comments, blank lines and an
+unfinished statement add nothing.
 
 `python -m refimpl.mini.prompts` writes `prompts.json` again from the corpus.
 """
@@ -20,6 +21,7 @@ that decides.  Comments, blank lines and an unfinished statement add nothing.
 from __future__ import annotations
 
 import ast
+import codeop
 import hashlib
 import json
 import re
@@ -101,14 +103,40 @@ def judge(prompt: str, continuation: str) -> bool:
     if tail is None:
         raise ValueError("no function is open at the end of the prompt")
     text, before = tail
-    for line in continuation.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return False  # the last line was cut off
+    lines = [line for line in continuation.splitlines(keepends=True) if line.endswith("\n")]
+    for i, line in enumerate(lines):
         text += line
         tree = _parse(text)
         if tree is not None and _statements(tree) > before:
-            return True
+            return _rest_is_grammatical(text, lines[: i + 1], lines[i + 1 :])
     return False
+
+
+def _rest_is_grammatical(text: str, read: list[str], rest: list[str]) -> bool:
+    """Judge the remaining lines of the first statement too, if it is a compound one.
+
+    They are the deeper ones and further clauses (`else`, ...). Where the continuation ends inside
+    the statement, what there is must be the beginning of a grammatical one.
+    """
+    indent = min(len(line) - len(line.lstrip()) for line in read if line.strip())
+    for line in rest:
+        bare = line.strip()
+        depth = len(line) - len(line.lstrip())
+        clause = depth == indent and re.match(r"(elif|else|except|finally)\b", bare)
+        if bare and not bare.startswith("#") and depth <= indent and not clause:
+            return _parse(text) is not None
+        text += line
+    return _parse(text) is not None or _is_beginning(text)
+
+
+def _is_beginning(text: str) -> bool:
+    """True if the text could still become a grammatical program."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return codeop.compile_command(text, symbol="exec") is None
+    except (SyntaxError, ValueError, OverflowError, MemoryError, RecursionError):
+        return False
 
 
 # ---- cut ------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ GOOD = [
     (WITH_DOC, "    return os.stat(path).st_size\n"),
     (WITH_DOC, "\ndef other():\n    return 1\n"),  # the body may be the docstring alone
     (INNER, "        return x + y\n"),
+    (METHOD, "        if item:\n            return 1\n        elif self:\n"),  # cut off inside
+    (METHOD, "        if item:\n            return 1\n        y = = 2\n"),  # the next one
 ]
 
 BAD = [
@@ -38,6 +40,8 @@ BAD = [
     (METHOD, "        if item\n            return 1\n"),
     (METHOD, "        try:\n            x = 1\n"),
     (METHOD, "        x = = 1\n        y = 2\n"),
+    (METHOD, "        if item:\n            return 1\n        elif self\n        else:\n"),
+    (METHOD, "        for x in item:\n            self.a(x)\n            e f\n"),
     (WITH_DOC, "      return 1\n"),
     (WITH_DOC, "    return return\n    x = 1\n"),
 ]
