@@ -1,0 +1,205 @@
+"""Conversion: both directions, with and without MTP, atomic, and as llama.cpp's converter does."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from refimpl.checkpoint.convert import convert
+from refimpl.checkpoint.gguf_read import read_gguf
+from refimpl.checkpoint.gguf_write import write_gguf
+from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.synth import PRESETS, synthesize
+from refimpl.errors import CheckpointError, InputError
+from refimpl.inventory import gguf_inventory
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "converter.json").read_text())
+OUR_OWN_KEYS = {"general.name", "tokenizer.ggml.eot_token_id"}
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@pytest.fixture(scope="module")
+def like_the_record(tmp_path_factory):
+    """The checkpoint that the record was made from, converted by this project."""
+    root = tmp_path_factory.mktemp("converted")
+
+    def path(preset, kind):
+        folder = root / preset
+        if not folder.exists():
+            synthesize(PRESETS[preset](), GOLDEN["seed"], folder, GOLDEN["dtype"])
+        convert(folder, root / "out.gguf", kind)
+        return root / "out.gguf"
+
+    return path
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_files_equal_those_of_llama_cpps_converter(like_the_record, preset, kind):
+    """Every tensor and key equal, but for general.name, a second stop token that only we keep, and
+    rope_freqs, which the converter computes in float32: one unit in the last place."""
+    reader = GGUFReader(like_the_record(preset, kind))
+    theirs = GOLDEN["presets"][preset][kind]
+    ours = {
+        t.name: [t.name, t.tensor_type.name, [int(d) for d in t.shape], digest(t.data.tobytes())]
+        for t in reader.tensors
+    }
+    assert ours.keys() == {t[0] for t in theirs["tensors"]}
+    for tensor in theirs["tensors"]:
+        if tensor[0] != "rope_freqs.weight":
+            assert ours[tensor[0]] == tensor
+    keys = {k: f for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert keys.keys() - OUR_OWN_KEYS == theirs["keys"].keys() - OUR_OWN_KEYS
+    for key in keys.keys() - OUR_OWN_KEYS:
+        field, (types, expected) = keys[key], theirs["keys"][key]
+        found = field.contents()
+        if isinstance(expected, dict):
+            text = json.dumps(found, ensure_ascii=False)
+            found = {"length": len(found), "sha256": digest(text.encode())}
+        assert ("/".join(t.name for t in field.types), found) == (types, expected), key
+
+
+def test_rope_divisors_are_llama3s(made):
+    """Short wavelengths 1, long ones the factor, ones for lanes that do not rotate."""
+    source = open_checkpoint(made("tiny_a", "f32"))
+    divisors = np.asarray(source.config.rope_divisors)
+    assert divisors[0] == 1.0 and np.all(divisors[3:8] == 2.0) and np.all(divisors[8:] == 1.0)
+    assert np.all((divisors[1:3] > 1) & (divisors[1:3] < 2))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_there_and_back_is_the_same_folder(made, tmp_path, preset):
+    """bf16 folder -> bf16 GGUF -> bf16 folder: the same bytes."""
+    folder = made(preset, "hf-bf16")
+    convert(folder, tmp_path / "m.gguf", "bf16")
+    convert(tmp_path / "m.gguf", tmp_path / "back", "bf16")
+    a, b = (p / "model.safetensors" for p in (folder, tmp_path / "back"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_blocks_already_of_the_type_are_copied(made, tmp_path, kind):
+    """A second conversion loses nothing."""
+    convert(made("tiny_b", kind), tmp_path / "again.gguf", kind)
+    first, again = read_gguf(made("tiny_b", kind)), read_gguf(tmp_path / "again.gguf")
+    for name, tensor in first.tensors.items():
+        np.testing.assert_array_equal(tensor.data, again.tensors[name].data, name)
+
+
+def test_without_mtp(made, tmp_path):
+    convert(made("tiny_a", "hf-bf16"), tmp_path / "m.gguf", "q8_0", mtp=False)
+    source = open_checkpoint(tmp_path / "m.gguf")
+    assert source.config.num_nextn_predict_layers == 0 and source.warnings == ()
+    file = read_gguf(tmp_path / "m.gguf")
+    assert file.metadata["step35.block_count"] == 9
+    assert "step35.nextn_predict_layers" not in file.metadata
+    assert not any(name.startswith("blk.9.") for name in file.tensors)
+
+
+def test_rows_that_do_not_fill_blocks_become_f16(tmp_path, micro):
+    import dataclasses
+
+    odd = dataclasses.replace(micro, moe_intermediate_size=24)
+    synthesize(odd, 0, tmp_path / "m", "bf16")
+    convert(tmp_path / "m", tmp_path / "m.gguf", "q4_0")
+    kinds = {t.name: t.kind.name for t in read_gguf(tmp_path / "m.gguf").tensors.values()}
+    assert kinds["blk.1.ffn_down_exps.weight"] == "F16"
+    assert kinds["blk.1.ffn_up_exps.weight"] == "Q4_0"
+    assert kinds["output.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == "F32"
+
+
+def test_progress_ends_at_the_whole(made, tmp_path):
+    seen = []
+    convert(made("micro", "hf-f32"), tmp_path / "m.gguf", "q8_0", progress=lambda *p: seen.append(p))
+    done = [d for d, _ in seen]
+    assert done == sorted(done) and seen[-1][0] == seen[-1][1] == {t for _, t in seen}.pop()
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_keeps_what_was_there(made, tmp_path):
+    out = tmp_path / "m.gguf"
+    out.write_bytes(b"old")
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(made("micro", "hf-f32"), out, "q8_0", progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(made("micro", "q8_0"), tmp_path / "folder", "f32", progress=interrupt)
+    assert out.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_values_beyond_f16_are_refused(tmp_path, micro):
+    """4e5 fits bf16 and f32; in F16 it would silently become infinity."""
+    from refimpl.checkpoint.hf_write import write_hf
+    from refimpl.checkpoint.synth import random_chunks
+
+    def chunks(spec):
+        for chunk in random_chunks(spec, 0):
+            yield chunk * 4e5 if spec.key == "v_proj" else chunk
+
+    write_hf(micro, chunks, tmp_path / "m", "bf16")
+    with pytest.raises(CheckpointError, match=r"v_proj.* beyond F16; choose bf16"):
+        convert(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    convert(tmp_path / "m", tmp_path / "m.gguf", "bf16")
+
+
+def test_values_that_are_not_finite_cannot_be_quantised(tmp_path, micro):
+    from refimpl.checkpoint.hf_write import write_hf
+    from refimpl.checkpoint.synth import random_chunks
+
+    def chunks(spec):
+        for chunk in random_chunks(spec, 0):
+            yield np.full_like(chunk, np.nan) if spec.key == "v_proj" else chunk
+
+    write_hf(micro, chunks, tmp_path / "m", "f32")
+    with pytest.raises(CheckpointError, match="v_proj.*not finite"):
+        convert(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
+
+
+def test_outputs_that_cannot_be_written_are_refused(made, tmp_path):
+    model = made("micro", "q8_0")
+    cases = [
+        (model, "f16", "is the checkpoint itself"),
+        (tmp_path / "m.gguf", "q5_k", "can hold f32, f16, bf16, q8_0, q4_0"),
+        (tmp_path / "folder", "q8_0", "can hold f32, f16, bf16"),
+        (tmp_path / "none" / "m.gguf", "f16", "cannot be written"),
+        (model.parent, "f16", "already exists"),
+    ]
+    for out, kind, message in cases:
+        with pytest.raises(InputError, match=message):
+            convert(model, out, kind)
+
+
+def test_a_file_without_a_tokenizer_says_so(made, tmp_path):
+    folder = tmp_path / "m"
+    synthesize(PRESETS["tiny_a"](), 0, folder)
+    (folder / "tokenizer.json").unlink()
+    notes = convert(folder, tmp_path / "m.gguf", "q8_0")
+    assert len(notes) == 1 and "token ids only" in notes[0]
+    file = read_gguf(tmp_path / "m.gguf")
+    assert file.metadata["tokenizer.ggml.model"] == "no_vocab"
+    assert file.metadata["step35.vocab_size"] == 320
+    assert open_checkpoint(tmp_path / "m.gguf").config.eos_token_id == (1,)
+
+
+def test_the_inventory_is_what_is_written(made):
+    file = read_gguf(made("tiny_a", "f32"))
+    specs = gguf_inventory(PRESETS["tiny_a"]())
+    assert {t.gguf_name: t.gguf_shape for t in specs} == {
+        t.name: t.dims for t in file.tensors.values()
+    }
+
+
+def test_the_type_of_each_tensor_can_be_chosen(made, tmp_path):
+    source = open_checkpoint(made("micro", "hf-f32"))
+    write_gguf(source, tmp_path / "m.gguf", "f16", type_of=lambda spec: "F32")
+    assert {t.kind.name for t in read_gguf(tmp_path / "m.gguf").tensors.values()} == {"F32"}
