@@ -128,7 +128,7 @@ class Candidate:
     @cached_property
     def decode(self) -> Estimate:
         """Speed with the context full, without drafts."""
-        return predict(self.at(depth=max(0, self.context - 1), drafts=0), "decode_tok_s")
+        return predict(self.at(depth=self.context, drafts=0), "decode_tok_s")
 
 
 @lru_cache(maxsize=256)

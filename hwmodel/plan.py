@@ -1,0 +1,262 @@
+"""The plan: one answer to "will it fit, how fast, with which flags, and how sure".
+
+`make_plan` runs the search and computes every figure of the answer with the one estimator;
+`hwmodel.plan_view` prints it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from hwmodel.command import Launch, build_command
+from hwmodel.memory import Ledger, ledger
+from hwmodel.predict import predict
+from hwmodel.request import MAX_COUNT, PlanRequest
+from hwmodel.run import Estimate
+from hwmodel.search import (
+    GOOD_TIER,
+    Candidate,
+    affordable,
+    best_of,
+    candidates,
+    check_split,
+    choose,
+    closest,
+    make_candidate,
+    splits_of,
+)
+from hwmodel.speculative import conditional_acceptance
+
+WORTHWHILE = 1.03  # drafting is recommended from this gain on
+_DEPTH_DIVISORS = (64, 16, 4, 1)
+_PROMPT_DIVISORS = (16, 4, 1)
+
+
+@dataclass(frozen=True)
+class DraftOption:
+    """Decode with so many drafts per step; `gain` is against none."""
+
+    drafts: int
+    decode: Estimate
+    gain: float
+    mtp_bytes: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class PromptFigure:
+    """Speed and time to first token of one prompt size."""
+
+    prompt_tokens: int
+    prefill: Estimate
+    ttft: Estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+        chosen: the configuration that every figure describes: the recommended one, or, where the
+            request cannot be met, the closest that holds the model.
+        holds: whether the request can be met (exit code 0).
+        problem: why not, empty where it can.
+        has_nearest: `chosen` is a substitute that does hold the model.
+        memory: ledger of `chosen` with the recommended drafts.
+        max_context: longest context that still fits, at the raised limit where there is one.
+        decode: estimates without drafts at ascending depths, as (depth, estimate).
+        drafts: every draft length that the engine supports, 0 first; `best_drafts` of them.
+        alternatives: what other numbers of the same device would hold.
+    """
+
+    request: PlanRequest
+    chosen: Candidate
+    holds: bool
+    problem: str
+    has_nearest: bool
+    memory: Ledger
+    max_context: int
+    decode: tuple[tuple[int, Estimate], ...]
+    prompts: tuple[PromptFigure, ...]
+    drafts: tuple[DraftOption, ...]
+    best_drafts: int
+    acceptance: tuple[float, ...]
+    command: str
+    alternatives: tuple[Candidate, ...]
+
+    @property
+    def fits(self) -> bool:
+        """The request can be met as the machine comes."""
+        return self.holds and self.memory.margin_bytes >= 0
+
+    @property
+    def fits_with(self) -> str:
+        """The setting that makes it fit, empty where none is needed or none helps."""
+        if self.holds and self.memory.margin_bytes < 0:
+            return self.chosen.device.raise_how
+        return ""
+
+
+def make_plan(request: PlanRequest) -> Plan:
+    """Search and answer.
+
+    Raises:
+        RequestError: the split asked for cannot run.
+    """
+    check_split(request)
+    chosen = choose(request)
+    holds = chosen is not None
+    problem = "" if holds else _problem(request)
+    has_nearest = False
+    if chosen is None:
+        chosen = closest(request)
+        has_nearest = chosen is not None
+    if chosen is None:
+        chosen = _smallest(request)
+    options = _draft_options(chosen)
+    best = _best_drafts(options)
+    with_drafts = dataclasses.replace(chosen, run=chosen.at(drafts=best))
+    return Plan(
+        request=request,
+        chosen=chosen,
+        holds=holds,
+        problem=problem,
+        has_nearest=has_nearest,
+        memory=with_drafts.memory,
+        max_context=max_context(with_drafts),
+        decode=_decode(chosen),
+        prompts=_prompts(chosen),
+        drafts=options,
+        best_drafts=best,
+        acceptance=request.acceptance or conditional_acceptance(),
+        command=command_of(chosen, best),
+        alternatives=_alternatives(request, chosen),
+    )
+
+
+def command_of(candidate: Candidate, drafts: int = 0) -> str:
+    """The exact command that starts a candidate."""
+    device, layers = candidate.device, candidate.host_layers
+    all_layers = layers and layers == candidate.run.model.moe_layers
+    launch = Launch(
+        engine=candidate.engine,
+        backend=candidate.backend,
+        quant=candidate.run.quant.name,
+        context=candidate.context,
+        count=candidate.count,
+        placement=candidate.run.placement,
+        kv_type=candidate.run.workload.kv_type,
+        sequences=candidate.run.workload.concurrency,
+        drafts=drafts,
+        micro_batch=candidate.run.workload.micro_batch,
+        host_layers=None if all_layers else layers,
+        hosts=-(-candidate.count // device.max_per_host),
+    )
+    return build_command(launch)
+
+
+def max_context(candidate: Candidate) -> int:
+    """Longest context, up to the model's own, that fits at the raised limit; 0 for none."""
+
+    def fits(tokens: int) -> bool:
+        return ledger(candidate.run, tokens).raised_margin_bytes >= 0
+
+    low, high = 0, candidate.run.model.max_context
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _problem(request: PlanRequest) -> str:
+    """Why the request cannot be met: memory, price or speed, in that order."""
+    device, wanted = request.device, request.quant or "any published type"
+    counts = [request.count] if request.count else list(range(1, MAX_COUNT + 1))
+    held = [c for n in counts for c in candidates(request, n) if c.holds]
+    many = f"{request.count}x {device.name}" if request.count else f"1 to {MAX_COUNT} {device.name}"
+    if not held:
+        tried = [c for n in counts[-1:] for c in candidates(request, n)]
+        if tried and tried[0].share_problem:
+            return f"{wanted} does not fit {many}: {tried[0].share_problem}"
+        if tried:
+            short = -max(c.memory.raised_margin_bytes for c in tried)
+            return f"{wanted} does not fit {many}: {short / 1e9:.1f} GB short"
+        if request.ram_bytes is None:
+            return f"{wanted} does not fit {many}; --ram GB adds host memory and disk"
+        return f"{wanted} does not fit {many}, not even with host memory and disk"
+    if not any(affordable(request, c.count) for c in held):
+        least = min(c.count for c in held) * (device.price_usd or 0.0)
+        return f"what holds the model costs {least:,.0f} dollars or more"
+    fastest = max(c.decode.value or 0.0 for c in held)
+    return (
+        f"nothing reaches {request.min_decode:g} tokens/s at {request.context:,} tokens; "
+        f"the fastest makes {fastest:.3g}"
+    )
+
+
+def _smallest(request: PlanRequest) -> Candidate:
+    """The smallest published type on the devices asked for, although it does not fit."""
+    engine = request.engines[0]
+    count = request.count or 1
+    split = (request.split and (request.split,)) or splits_of(engine, request.device, count)
+    quant = request.quant or engine.published[-1]
+    return make_candidate(request, engine, (split or ("layer",))[0], count, quant)
+
+
+def _decode(candidate: Candidate) -> tuple[tuple[int, Estimate], ...]:
+    depths = sorted({candidate.context // d for d in _DEPTH_DIVISORS})
+    return tuple((d, predict(candidate.at(depth=d, drafts=0), "decode_tok_s")) for d in depths)
+
+
+def _prompts(candidate: Candidate) -> tuple[PromptFigure, ...]:
+    sizes = sorted({max(1, candidate.context // d) for d in _PROMPT_DIVISORS})
+    found = []
+    for size in sizes:
+        run = candidate.at(prompt_tokens=size, depth=0, drafts=0)
+        found.append(PromptFigure(size, predict(run, "prefill_tok_s"), predict(run, "ttft_s")))
+    return tuple(found)
+
+
+def _draft_options(candidate: Candidate) -> tuple[DraftOption, ...]:
+    """Every draft length of the engine, measured at a quarter of the context."""
+    depth = candidate.context // 4
+    most = min(candidate.engine.max_drafts, candidate.run.model.mtp_layers)
+    plain = predict(candidate.at(depth=depth, drafts=0), "decode_tok_s")
+    found = []
+    for drafts in range(most + 1):
+        run = candidate.at(depth=depth, drafts=drafts)
+        decode = predict(run, "decode_tok_s")
+        memory = ledger(run, candidate.context)
+        gain = decode.value / plain.value if decode.value and plain.value else 0.0
+        found.append(
+            DraftOption(drafts, decode, gain, memory.mtp_bytes, memory.raised_margin_bytes >= 0)
+        )
+    return tuple(found)
+
+
+def _best_drafts(options: tuple[DraftOption, ...]) -> int:
+    worth = [o for o in options if o.drafts and o.fits and o.gain >= WORTHWHILE]
+    return max(worth, key=lambda o: o.gain).drafts if worth else 0
+
+
+def _alternatives(request: PlanRequest, chosen: Candidate) -> tuple[Candidate, ...]:
+    """What other counts of the device hold, where that is another type than the chosen one."""
+    if request.count is not None or request.device.link_bytes_per_s is None:
+        return ()
+    found: list[Candidate] = []
+    for count in (1, 2, 4, 8):
+        other = best_of(request, count) if count != chosen.count else None
+        if other is None or other.run.quant == chosen.run.quant:
+            continue
+        if found and found[-1].run.quant == other.run.quant:
+            continue
+        if count > chosen.count and other.tier >= chosen.tier and chosen.tier <= GOOD_TIER:
+            continue
+        found.append(other)
+    return tuple(found[:3])

@@ -1,0 +1,368 @@
+"""A plan as one screen of text, and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from hwmodel.command import MTP_FILE, weights_name
+from hwmodel.plan import Plan
+from hwmodel.quant import weight_bytes
+from hwmodel.run import Estimate, NearestRun
+from hwmodel.search import Candidate
+
+WIDTH = 98
+_LABEL = 10
+
+
+def figure(value: float) -> str:
+    """A speed or time with the digits that its error supports."""
+    if value >= 99.5:
+        return f"{value:,.0f}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
+
+
+def gigabytes(value: float) -> str:
+    """Bytes as decimal GB."""
+    return f"{value / 1e9:.1f}"
+
+
+def pair(estimate: Estimate) -> str:
+    """`48 tok/s (57 % of 84)`: the estimate and its share of the datasheet's limit."""
+    if estimate.value is None:
+        return f"not predicted ({estimate.reason})"
+    if not estimate.roofline:
+        return f"{figure(estimate.value)} {estimate.unit}"
+    share = 100 * estimate.value / estimate.roofline
+    return (
+        f"{figure(estimate.value)} {estimate.unit} ({share:.0f} % of {figure(estimate.roofline)})"
+    )
+
+
+def band(estimate: Estimate) -> str:
+    """`41-55`, empty where declined."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{figure(estimate.low)} to {figure(estimate.high)}"
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as at most about 35 lines of 98 columns."""
+    lines = [_title(plan), ""]
+    lines += _block("Fits", _fits(plan))
+    lines += _block("Quant", [_quant(plan)])
+    lines += _block("Context", [_context(plan)])
+    lines += _block("Decode", _decode(plan))
+    lines += _block("Prompt", _prompts(plan))
+    lines += _block("Drafts", _drafts(plan))
+    lines += _block("Split", [_split(plan.chosen)])
+    lines += _block("Start", plan.command.split("\n"), wrap=False)
+    lines += _block("Files", [_files(plan)])
+    lines += _block("How sure", _sure(plan))
+    if plan.alternatives:
+        lines += _block("Also", [_alternative(c) for c in plan.alternatives])
+    return "\n".join(lines)
+
+
+def _block(label: str, texts: list[str], wrap: bool = True) -> list[str]:
+    found: list[str] = []
+    for text in texts:
+        width = WIDTH - _LABEL if wrap else 10_000
+        found += textwrap.wrap(text, width, break_on_hyphens=False) if wrap else [text]
+    return [f"{label if i == 0 else '':<{_LABEL}}{line}".rstrip() for i, line in enumerate(found)]
+
+
+def _title(plan: Plan) -> str:
+    c = plan.chosen
+    many = f"{c.count}x " if c.count > 1 else ""
+    what = f"Step 3.5 Flash on {many}{c.device.title}"
+    how = f"{c.engine.title} ({c.backend}), {c.run.quant.name}, {plan.request.context:,} tokens"
+    sequences = c.run.workload.concurrency
+    if sequences > 1:
+        how += f" for each of {sequences} sequences"
+    head = f"{what}\n{how}"
+    if not plan.holds:
+        what = "closest that does" if plan.has_nearest else "nothing does; the smallest type"
+        head = f"DOES NOT FIT: {plan.problem}.\nShown below, the {what}:\n{head}"
+    return head
+
+
+def _fits(plan: Plan) -> list[str]:
+    m, device = plan.memory, plan.chosen.device
+    parts = [("weights", m.weights_bytes), ("KV", m.kv_bytes), ("buffers", m.compute_bytes)]
+    if m.mtp_bytes:
+        parts.append(("MTP", m.mtp_bytes))
+    sum_text = " + ".join(f"{name} {gigabytes(v)}" for name, v in parts)
+    used = f"{sum_text} = {gigabytes(m.used_bytes)} GB"
+    usable = gigabytes(m.usable_bytes)
+    if m.margin_bytes >= 0:
+        return [f"yes, {gigabytes(m.margin_bytes)} GB to spare", f"{used} of {usable} GB usable"]
+    if m.raised_margin_bytes >= 0:
+        raised = gigabytes(m.usable_bytes + m.raised_margin_bytes - m.margin_bytes)
+        return [
+            f"yes, {gigabytes(m.raised_margin_bytes)} GB to spare, after:  {device.raise_how}",
+            f"{used} of {raised} GB usable then; as it comes {usable} GB, "
+            f"{gigabytes(-m.margin_bytes)} GB too little",
+        ]
+    return [f"no, {gigabytes(-m.raised_margin_bytes)} GB short", f"{used} of {usable} GB usable"]
+
+
+def _quant(plan: Plan) -> str:
+    run = plan.chosen.run
+    size = weight_bytes(run.model, run.quant)
+    bits = 8 * size / run.model.parameters
+    cost = plan.chosen.quality.text()
+    return f"{run.quant.name}, {gigabytes(size)} GB, {bits:.2f} bits per weight: {cost}"
+
+
+def _context(plan: Plan) -> str:
+    kv = plan.chosen.run.workload.kv_type
+    most = plan.max_context
+    whole = " (all the model has)" if most == plan.chosen.run.model.max_context else ""
+    return f"up to {most:,} tokens{whole} with {kv} KV"
+
+
+def _decode(plan: Plan) -> list[str]:
+    found = []
+    for depth, e in plan.decode:
+        text = f"{depth:>8,} deep  {pair(e):<28} {band(e):<14}"
+        found.append(f"{text} limited by {e.limiting}" if e.limiting else text)
+    sequences = plan.chosen.run.workload.concurrency
+    if sequences > 1:
+        found.append(f"each; all {sequences} sequences together {sequences} times that")
+    return found
+
+
+def _prompts(plan: Plan) -> list[str]:
+    found = []
+    for p in plan.prompts:
+        ttft = f"{figure(p.ttft.value)} s" if p.ttft.value is not None else "unknown"
+        found.append(
+            f"{p.prompt_tokens:>8,} long  first token after {ttft} ({band(p.ttft)}), "
+            f"prefill {pair(p.prefill)}"
+        )
+    return found
+
+
+def _drafts(plan: Plan) -> list[str]:
+    options = [o for o in plan.drafts if o.drafts]
+    if not options:
+        return [f"off: {plan.chosen.engine.title} does not draft with this model"]
+    shown = ", ".join(f"{o.drafts}: {o.gain:.2f}x{'' if o.fits else ' (no room)'}" for o in options)
+    basis = plan.request.stats_file or "published acceptance"
+    if not plan.best_drafts:
+        return [f"off: drafting does not pay here ({shown}; {basis})"]
+    best = plan.drafts[plan.best_drafts]
+    return [
+        f"{best.drafts} per step: {pair(best.decode)}, {best.gain:.2f} times as fast "
+        f"({shown}; {basis}), +{gigabytes(best.mtp_bytes)} GB"
+    ]
+
+
+def _split(candidate: Candidate) -> str:
+    place, n = candidate.run.placement, candidate.count
+    layers = candidate.run.model.moe_layers
+    text = {
+        "single": "everything on one device",
+        "layer": f"layers dealt out over {n} devices (capacity, not speed)",
+        "tensor": f"every matrix split over {n} devices",
+        "expert": f"whole experts dealt out over {n} devices, the rest split",
+    }[place.split]
+    if candidate.host_layers:
+        text += f"; experts of {candidate.host_layers} of {layers} layers in host memory"
+        text += f" ({gigabytes(candidate.memory.host_bytes)} GB)"
+    if place.ssd_share:
+        text += f"; {100 * place.ssd_share:.0f} % of the experts stay on disk"
+        text += f" ({gigabytes(candidate.memory.disk_bytes)} GB)"
+    if n > 1 and candidate.device.max_per_host < n:
+        text += f"; {-(-n // candidate.device.max_per_host)} machines over "
+        text += candidate.device.link_kind or "a network"
+    return text
+
+
+def _files(plan: Plan) -> str:
+    engine, quant = plan.chosen.engine, plan.chosen.run.quant.name
+    name, repository = weights_name(engine, quant), engine.repositories.get(quant)
+    if repository == name:
+        text = f"https://huggingface.co/{repository}"
+    elif repository:
+        text = f"{name} from https://huggingface.co/{repository}"
+    else:
+        text = f"{name}: your own conversion, or one of the community's of that type"
+    if plan.best_drafts and engine.flags.get("draft_model"):
+        text += f"; {MTP_FILE}: the MTP layers, which the first official GGUF lacks"
+    return text
+
+
+def _sure(plan: Plan) -> list[str]:
+    e = plan.decode[0][1]
+    texts = [e.status + (f": {e.reason}" if e.reason else "")]
+    if e.nearest is not None:
+        texts.append(f"nearest measured run: {nearest_text(e.nearest)}")
+    unverified = plan.chosen.device.unverified()
+    used = [k for k in unverified if k.split(".")[0] in ("memory", "bandwidth", "flop", "links")]
+    if used:
+        texts.append(f"not verified for {plan.chosen.device.name}: {', '.join(used)}")
+    if plan.chosen.device.notes:
+        texts.append(f"note: {plan.chosen.device.notes}")
+    return texts
+
+
+def nearest_text(run: NearestRun) -> str:
+    """A measured run and how far the model is off it."""
+    how = "left out of the fit" if run.held_out else "in the fit"
+    return (
+        f"{run.id} ({run.description}): measured {figure(run.measured)}, predicted "
+        f"{figure(run.predicted)} ({100 * run.error:+.0f} %, {how})"
+    )
+
+
+def _alternative(c: Candidate) -> str:
+    price = c.device.price_usd
+    cost = f", {price * c.count:,.0f} dollars" if price else ""
+    return (
+        f"{c.count}x {c.device.name}: {c.run.quant.name} in {c.engine.title}, {pair(c.decode)} at "
+        f"full context{cost}"
+    )
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values; bytes, seconds, tokens per second."""
+    m, c = plan.memory, plan.chosen
+    price = c.device.price_usd
+    return {
+        "device": c.device.name,
+        "count": c.count,
+        "engine": c.engine.name,
+        "backend": c.backend,
+        "model": c.run.model.name,
+        "quant": c.run.quant.name,
+        "kv_type": c.run.workload.kv_type,
+        "context": plan.request.context,
+        "concurrency": c.run.workload.concurrency,
+        "fits": plan.fits,
+        "fits_with": plan.fits_with or None,
+        "problem": plan.problem or None,
+        "nearest": _configuration(c) if plan.has_nearest else None,
+        "memory": {
+            "weights_bytes": round(m.weights_bytes),
+            "kv_bytes": round(m.kv_bytes),
+            "compute_bytes": round(m.compute_bytes),
+            "mtp_bytes": round(m.mtp_bytes),
+            "reserve_bytes": round(m.reserve_bytes),
+            "usable_bytes": round(m.usable_bytes),
+            "margin_bytes": round(m.margin_bytes),
+            "raised_margin_bytes": round(m.raised_margin_bytes),
+            "host_bytes": round(m.host_bytes),
+            "disk_bytes": round(m.disk_bytes),
+        },
+        "max_context": plan.max_context,
+        "quality": {
+            "perplexity_increase": c.quality.perplexity_increase,
+            "basis": c.quality.basis,
+            "source": c.quality.source,
+        },
+        "decode": [{"depth": depth, **_estimate(e)} for depth, e in plan.decode],
+        "prefill": [
+            {"prompt_tokens": p.prompt_tokens, **_estimate(p.prefill)} for p in plan.prompts
+        ],
+        "ttft_s": [
+            {
+                "prompt_tokens": p.prompt_tokens,
+                "ttft_s": p.ttft.value,
+                "low": p.ttft.low,
+                "high": p.ttft.high,
+            }
+            for p in plan.prompts
+        ],
+        "mtp": _mtp(plan),
+        "placement": _placement(c),
+        "command": plan.command,
+        "price_usd": price * c.count if price is not None else None,
+        "alternatives": [_configuration(a) for a in plan.alternatives],
+        "provenance": _provenance(plan),
+    }
+
+
+def _estimate(e: Estimate) -> dict[str, Any]:
+    return {
+        "tok_per_s": e.value,
+        "low": e.low,
+        "high": e.high,
+        "limiting": e.limiting,
+        "roofline_tok_per_s": e.roofline,
+        "status": e.status,
+    }
+
+
+def _mtp(plan: Plan) -> dict[str, Any]:
+    return {
+        "drafts": plan.best_drafts,
+        "acceptance": list(plan.acceptance),
+        "acceptance_source": plan.request.stats_file or "llama.cpp pull request 20981",
+        "depth": plan.chosen.context // 4,
+        "options": [
+            {
+                "drafts": o.drafts,
+                "gain": o.gain,
+                "mtp_bytes": round(o.mtp_bytes),
+                "fits": o.fits,
+                **_estimate(o.decode),
+            }
+            for o in plan.drafts
+        ],
+    }
+
+
+def _placement(c: Candidate) -> dict[str, Any]:
+    place = c.run.placement
+    return {
+        "devices": c.count,
+        "split": place.split,
+        "host_expert_share": place.host_expert_share,
+        "host_layers": c.host_layers,
+        "ssd_share": place.ssd_share,
+        "description": _split(c),
+    }
+
+
+def _configuration(c: Candidate) -> dict[str, Any]:
+    price = c.device.price_usd
+    return {
+        "device": c.device.name,
+        "count": c.count,
+        "engine": c.engine.name,
+        "quant": c.run.quant.name,
+        "kv_type": c.run.workload.kv_type,
+        "placement": _placement(c),
+        "fits": c.fits,
+        "fits_with": None if c.fits else c.device.raise_how or None,
+        "tok_per_s": c.decode.value,
+        "depth": c.context,
+        "price_usd": price * c.count if price is not None else None,
+    }
+
+
+def _provenance(plan: Plan) -> dict[str, Any]:
+    e, c = plan.decode[0][1], plan.chosen
+    run = e.nearest
+    return {
+        "status": e.status,
+        "reason": e.reason,
+        "basis": list(e.provenance),
+        "nearest_run": None
+        if run is None
+        else {
+            "id": run.id,
+            "description": run.description,
+            "measured": run.measured,
+            "predicted": run.predicted,
+            "error": run.error,
+            "held_out": run.held_out,
+            "source": run.source,
+        },
+        "device_file": c.device.name,
+        "engine_version": c.engine.version,
+        "unverified": list(c.device.unverified()),
+        "sources": sorted({q.source for q in c.device.quantities.values() if q.is_verified}),
+    }
