@@ -25,7 +25,7 @@ def newline_table(folder: Path) -> NDArray[np.bool_]:
     from tokenizers import Tokenizer
 
     bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    pieces = [bpe.id_to_token(i) for i in range(tokenizer.VOCAB)]
+    pieces = [bpe.id_to_token(i) or "" for i in range(tokenizer.VOCAB)]
     table = np.array([piece.endswith("\u010a") for piece in pieces])  # byte 10 in the BPE alphabet
     table[tokenizer.BOS] = True
     return table

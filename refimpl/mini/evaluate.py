@@ -41,7 +41,8 @@ def windows() -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
             part = document[start : start + LENGTH + data.EXTRA]
             row[: len(part)] = part
             mask = np.zeros(LENGTH, bool)
-            mask[0 if start == 0 else LENGTH - STRIDE : min(LENGTH, len(document) - 1 - start)] = True
+            fresh = 0 if start == 0 else LENGTH - STRIDE  # the rest was judged one window ago
+            mask[fresh : len(document) - 1 - start] = True
             rows.append(row)
             masks.append(mask)
     return np.stack(rows), np.stack(masks)
@@ -84,7 +85,8 @@ def held_out(model: Any) -> dict[str, float | int]:
                 u = model.mtp(u, w[:, 1 + k : LENGTH + 1 + k], k)
                 picks = model.mtp_head(u, w[:, 2 + k : LENGTH + 2 + k], k)[1]
                 picks = picks.float().argmax(-1).view(mask.shape).numpy()
-                equal.append(picks[:, : LENGTH - DRAFTS] == greedy[:, 1 + k : LENGTH - DRAFTS + 1 + k])
+                ahead = greedy[:, 1 + k : LENGTH - DRAFTS + 1 + k]
+                equal.append(picks[:, : LENGTH - DRAFTS] == ahead)
         # A row is judged when the trunk's row DRAFTS further on is judged too.
         rows = mask[:, : LENGTH - DRAFTS] & mask[:, DRAFTS:]
         hits += [e[rows].sum() for e in equal]

@@ -43,9 +43,13 @@ class Order:
     @classmethod
     def fit(cls, grams: Keys, counts: NDArray[np.int64]) -> Order:
         """From sorted n-grams and their (continuation) counts, with three discounts."""
-        n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
-        y = n1 / (n1 + 2 * n2)
-        d = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        seen = [int((counts == i).sum()) for i in (1, 2, 3, 4)]
+        if min(seen):
+            n1, n2, n3, n4 = seen
+            y = n1 / (n1 + 2 * n2)
+            d = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+        else:  # too little text to estimate them
+            d = np.array([0.0, 0.75, 0.75, 0.75])
         discount = d[np.minimum(counts, 3)]
         contexts, index = np.unique(grams >> SHIFT, return_inverse=True)
         total = np.bincount(index, counts.astype(np.float64))
