@@ -162,7 +162,7 @@ def _fake_q4_0(w: Tensor) -> Tensor:
     return ((q - 8.0) * d.half().float()).view(w.shape)
 
 
-fake_q4_0 = torch.compile(_fake_q4_0, dynamic=True)
+fake_q4_0 = compiled(_fake_q4_0, dynamic=True)
 
 
 def rope_tables(config: dict[str, Any], layer: int, t: int) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,11 @@ EPS = 1e-5
 F = TypeVar("F")
 
 
-def compiled(function: F) -> F:
-    """`torch.compile` with fixed shapes, unless MINI_EAGER is set (tests, debugging)."""
+def compiled(function: F, dynamic: bool = False) -> F:
+    """`torch.compile` (fixed shapes by default), unless MINI_EAGER is set (tests, debugging)."""
     if os.environ.get("MINI_EAGER"):
         return function
-    return torch.compile(function, dynamic=False)  # type: ignore[call-overload,no-any-return]
+    return torch.compile(function, dynamic=dynamic)  # type: ignore[call-overload,no-any-return]
 
 
 def rms(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
@@ -101,16 +101,16 @@ def _full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, s: AttentionShape) -> T
     vb = v.permute(0, 2, 1, 3).reshape(b * g, t, d)
     qb = q.permute(0, 2, 3, 1, 4)  # (B,G,r,T,D)
     parts = []
-    step = min(s.chunk, t)
-    for start in range(0, t, step):
-        end = start + step
-        rows = qb[:, :, :, start:end].reshape(b * g, r * step, d)
+    for start in range(0, t, s.chunk):
+        end = min(start + s.chunk, t)
+        n = end - start
+        rows = qb[:, :, :, start:end].reshape(b * g, r * n, d)
         scores = torch.bmm(rows, kb[:, :end].transpose(1, 2))
         p = MaskedSoftmax.apply(
-            scores.view(b * g, r, step, end), mask[start:end, :end], d**-0.5
+            scores.view(b * g, r, n, end), mask[start:end, :end], d**-0.5
         )
-        y = torch.bmm(p.view(b * g, r * step, end), vb[:, :end])
-        parts.append(y.view(b, g, r, step, d))
+        y = torch.bmm(p.view(b * g, r * n, end), vb[:, :end])
+        parts.append(y.view(b, g, r, n, d))
     return torch.cat(parts, 3).permute(0, 3, 1, 2, 4)
 
 
@@ -307,7 +307,7 @@ class HeadLoss(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """-> mean loss, and the detached argmax-free logits (N,V) bf16 for evaluation."""
+        """-> mean loss, and the logits (N,V) bf16, without gradient, for evaluation."""
         logits = x @ head.t()
         z = logits.float()
         lse = torch.logsumexp(z, -1)
