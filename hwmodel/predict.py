@@ -91,14 +91,19 @@ def _oriented(
 
 def _band(parts: Sequence[Part], run: RunConfig, fit: Fit, quantity: Quantity) -> float:
     key = "decode_tok_s" if quantity == "decode_tok_s" else "prefill_tok_s"
-    variance = spread(parts, fit, key) ** 2
+    return fit.band.get(key, BAND) * math.hypot(spread(parts, fit, key), open_spread(run))
+
+
+def open_spread(run: RunConfig) -> float:
+    """Spread (natural logarithm) that a run's open points add to that of the fit."""
+    variance = 0.0
     if run.workload.depth is None:
         variance += UNSTATED_DEPTH**2
     if run.unknown:
         variance += UNKNOWN_NAME**2
     if not run.model.certain:
         variance += GUESSED_SHAPE**2
-    return fit.band.get(key, BAND) * math.sqrt(variance)
+    return math.sqrt(variance)
 
 
 def _roofline(parts: Sequence[Part]) -> float:

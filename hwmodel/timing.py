@@ -12,7 +12,7 @@ The fit evaluates the same parts (`hwmodel.fit.seconds`), so that there is one e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hwmodel import placement as place
 from hwmodel.memory import kv_value_bytes, stated_scale
@@ -157,13 +157,19 @@ def decode_parts(run: RunConfig) -> list[Part]:
         alone = place.alone(run)
         for p in prefill_parts(alone):
             parts.append(_scaled(p, share, "prefill of others", c.features("join", "family")))
-    return parts
+    return _with(parts, _age(c, "decode"))
 
 
 def _interleaves(run: RunConfig, c: Context) -> bool:
     w = run.workload
     known = w.prompt_tokens > 0 and w.generated_tokens > 0
     return c.group == "server" and w.concurrency > 1 and known
+
+
+def _with(parts: list[Part], features: Features) -> list[Part]:
+    if not features:
+        return parts
+    return [replace(p, features=p.features + features) for p in parts]
 
 
 def _scaled(p: Part, share: float, name: str, extra: Features) -> Part:
@@ -184,8 +190,8 @@ def _weight_parts(
     on_disk = routed * run.placement.ssd_share
     layers_on_host = run.placement.host_layer_share
     efficiency = BANDWIDTH_PRIOR.get(c.device_class, 0.7)
-    levels = ("class", "device", "class+group", "engine", "backend", "quant", "class+quant")
-    effects = c.features("weights", *levels) + _age(c, "weights")
+    levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
+    effects = c.features("weights", *levels)
     wide = m.bandwidth_bytes_per_s
     local = (always * (1 - layers_on_host), (routed - on_host - on_disk) * (1 - layers_on_host))
     parts = [
@@ -204,7 +210,7 @@ def _weight_parts(
     host_bytes = on_host * (1 - layers_on_host) + (always + routed) * layers_on_host
     if host_bytes > 0:
         host = m.host_bandwidth_bytes_per_s
-        effects = c.features("host", "family", "quant") + _age(c, "host")
+        effects = c.features("host", "family", "quant")
         base = host_bytes / host / HOST_PRIOR
         parts.append(
             Part("host memory", "host memory", base, effects, host_bytes / host, host_bytes)
@@ -224,7 +230,7 @@ def _kv_parts(
     size = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
     if size <= 0:
         return []
-    effects = c.features("kv", "class", "device", "class+group", "engine")
+    effects = c.features("kv", "class", "device", "class+group")
     effects += ((f"kv/depth={c.device_class}", math.log2(1 + depth / 65536)),)
     if run.workload.kv_type not in ("f16", "bf16"):
         effects += ((f"kv/type={run.workload.kv_type}", 1.0),)
@@ -234,8 +240,7 @@ def _kv_parts(
 
 def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
-    levels = ("class", "device", "group", "family", "class+group", "engine", "backend")
-    effects = c.features("overhead", *levels) + _age(c, "overhead")
+    effects = c.features("overhead", "class", "device", "class+group", "engine")
     base = run.model.layers * per_layer + run.model.moe_layers * MOE_OVERHEAD
     width = math.log2(run.model.hidden_size / 4096)
     effects += (("overhead/width", width),)
@@ -265,7 +270,7 @@ def _row_parts(
         return []
     flop = counts.flop * (rows - 1) / rows
     peak = peak_flop(run, m)
-    effects = c.features("rows", "class", "group", "family", "class+group", "quant")
+    effects = c.features("rows", "class", "class+group")
     return [Part("arithmetic", "compute", flop / peak / 0.2, effects, flop / peak, flop=flop)]
 
 
@@ -316,13 +321,13 @@ def prefill_parts(run: RunConfig) -> list[Part]:
     parts += _stream_parts(run, machine, c, per_chunk, chunks / speedup)
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
     base = chunks * run.model.layers * per_layer
-    effects = c.features("prefill overhead", "class", "family") + _age(c, "prefill overhead")
+    effects = c.features("prefill overhead", "class", "class+group")
     parts.append(Part("overhead", "overhead", base, effects))
     parts += [
         _scaled(p, chunks, p.name, c.features("prefill links"))
         for p in _link_parts(run, machine, c, min(chunk, prompt))
     ]
-    return parts
+    return _with(parts, _age(c, "prefill"))
 
 
 def _compute_parts(
@@ -332,8 +337,8 @@ def _compute_parts(
     scores, routed = adds.pop("scores", 0.0), adds.pop("routed", 0.0)
     dense = sum(adds.values())
     peak = peak_flop(run, m) * speedup
-    levels = ("class", "device", "class+group", "engine", "backend", "quant", "class+quant")
-    effects = c.features("compute", *levels) + _age(c, "compute")
+    levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
+    effects = c.features("compute", *levels)
     on_host = run.placement.host_layer_share
     parts = []
     if dense > 0:
@@ -342,14 +347,13 @@ def _compute_parts(
     if routed > 0:
         t = 2 * routed / peak
         each = math.log2(max(0.25, chunk * run.model.top_k / run.model.experts) / 64)
-        extra = c.features("expert compute", "class", "group", "family", "class+group", "quant")
+        extra = c.features("expert compute", "class", "class+group", "quant")
         extra += ((f"expert compute/tokens={c.device_class}", each), ("expert compute/tokens", each))
         base = t / COMPUTE_PRIOR / 0.6
         parts.append(Part("routed experts", "compute", base, effects + extra, t, flop=2 * routed))
     if scores > 0:
         t = 2 * scores / m.flop("fp16") / speedup
-        effects = c.features("scores", "class", "device", "class+group", "engine")
-        effects += _age(c, "scores")
+        effects = c.features("scores", "class", "device", "class+group")
         parts.append(Part("attention", "compute", t / 0.3, effects, t, flop=2 * scores))
     if on_host > 0:
         t = 2 * (dense + routed) * on_host / m.host_flop_per_s
@@ -372,7 +376,7 @@ def _stream_parts(
                   total - host - disk)]  # fmt: skip
     if host > 0:
         t = host / m.host_stream_bytes_per_s
-        effects = c.features("host stream", "family", "quant") + _age(c, "host stream")
+        effects = c.features("host stream", "family", "quant")
         parts.append(Part("host link", "links", t / LINK_PRIOR, effects, t, host))
     if disk > 0:
         t = disk / m.ssd_bytes_per_s
