@@ -1,0 +1,193 @@
+"""Predictions beside measurements: one entry per measured figure, and statistics by group.
+
+`predicted`, `low` and `high` come from `hwmodel.predict.predict`, the estimator that plans use, in
+the scope of the row (`per_user` or `aggregate`). A row's status is
+
+* `calibrated`: the fit contains a run of this very configuration, so the agreement flatters;
+  `held_out_predicted` then holds what a refit without the run's whole sweep predicts;
+* `held_out`: the fit knows the device class and engine family, but never saw this configuration;
+* `extrapolated`: a name, the model's shape, or the device class with this engine is unknown;
+* `declined`: no known hardware, or no known size of the weights.
+
+Rows that may not enter an error statistic (`fit_ok`) are predicted and counted, not judged. A
+measured figure beyond the physical limit is flagged and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hwmodel.fit import Fit, FittedRun, load_fit
+from hwmodel.predict import config_columns, predict
+from hwmodel.run import Estimate, Quantity, RunConfig
+from refimpl.errors import RefimplError
+
+from bench.calibrate import baseline_tok_s, errors_of
+from bench.resolve import resolve
+from bench.runs import RunRecord
+
+COMPARED: tuple[Quantity, ...] = ("decode_tok_s", "prefill_tok_s")
+NO_FIGURES = {"predicted": None, "low": None, "high": None}
+
+
+def compare(records: Iterable[RunRecord], fit: Fit | None = None) -> dict[str, Any]:
+    """The comparison of all rows: `rows` and `summary`, ready for JSON."""
+    fit = load_fit() if fit is None else fit
+    own = {(r.quantity, _key(r.config)): r for r in fit.runs}
+    rows = [
+        row
+        for record in records
+        for quantity in COMPARED
+        if (row := compare_one(record, quantity, fit, own)) is not None
+    ]
+    return {"rows": rows, "summary": summarise(rows)}
+
+
+def _key(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, str(v)) for k, v in config.items()))
+
+
+def compare_one(
+    record: RunRecord,
+    quantity: Quantity,
+    fit: Fit,
+    own: Mapping[tuple[str, tuple[tuple[str, str], ...]], FittedRun],
+) -> dict[str, Any] | None:
+    """One figure of a row beside its prediction, None where the row does not measure it."""
+    measured = record.prefill_tok_s if quantity == "prefill_tok_s" else record.decode_tok_s
+    if measured is None:
+        return None
+    row: dict[str, Any] = {
+        "id": record.id,
+        "quantity": quantity,
+        "measured": measured,
+        **NO_FIGURES,
+        "status": "declined",
+        "reason": "",
+        "judged": record.may_fit_quantity(quantity),
+        "beyond_limit": False,
+        "device": record.device,
+        "engine": record.engine,
+        "model": record.model,
+        "quant": record.quant,
+        "depth": record.context_depth,
+        "sweep": record.sweep,
+        "baseline": None,
+        "held_out_predicted": None,
+    }
+    try:
+        run = resolve(record, quantity)
+    except RefimplError as error:
+        return {**row, "reason": str(error)}
+    estimate = predict(run, quantity, fit)
+    if estimate.value is None:
+        return {**row, "reason": estimate.reason}
+    return {**row, **_figures(record, quantity, run, estimate, own)}
+
+
+def _figures(
+    record: RunRecord,
+    quantity: Quantity,
+    run: RunConfig,
+    estimate: Estimate,
+    own: Mapping[tuple[str, tuple[tuple[str, str], ...]], FittedRun],
+) -> dict[str, Any]:
+    aggregate = quantity == "decode_tok_s" and record.decode_scope == "aggregate"
+    users = run.workload.concurrency if aggregate else 1
+    assert estimate.value is not None and estimate.low is not None and estimate.high is not None
+    measured = record.prefill_tok_s if quantity == "prefill_tok_s" else record.decode_tok_s
+    limit = (estimate.roofline or math.inf) * users
+    beyond = (measured or 0.0) > limit
+    config = config_columns(run)
+    mine = own.get((quantity, _key(config)))
+    status, reasons = estimate.status, [estimate.reason] if estimate.reason else []
+    if status == "calibrated" and mine is None:
+        status = "held_out"
+    if beyond:
+        reasons.append(
+            f"measured {measured:g} tok/s is beyond the physical limit of {limit:.4g} tok/s"
+        )
+    base = baseline_tok_s(run, quantity)
+    return {
+        "predicted": estimate.value * users,
+        "low": estimate.low * users,
+        "high": estimate.high * users,
+        "status": status,
+        "reason": "; ".join(reasons),
+        "beyond_limit": beyond,
+        "limiting": estimate.limiting,
+        "device": config["device"],
+        "engine": config["engine"],
+        "model": config["model"],
+        "quant": config["quant"],
+        "baseline": None if base is None else base * users,
+        "held_out_predicted": None if mine is None else mine.held_out * users,
+    }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Coverage and errors of the judged rows, over all and by quantity, device and engine.
+
+    `coverage` is the share of judged rows with figures; `held_out` repeats the errors with the
+    predictions of refits without the row's sweep, where the fit holds them.
+    """
+    judged = [r for r in rows if r["judged"]]
+    summary = {"rows": len(rows), "judged": len(judged), **_statistics(judged)}
+    summary["statuses"] = {
+        s: sum(1 for r in rows if r["status"] == s)
+        for s in ("calibrated", "held_out", "extrapolated", "declined")
+    }
+    summary["beyond_limit"] = sum(1 for r in rows if r["beyond_limit"])
+    for name in ("quantity", "device", "engine"):
+        groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for r in judged:
+            groups[str(r[name])].append(r)
+        summary[f"by_{name}"] = {
+            k: _with_quantities(v, name) for k, v in sorted(groups.items())
+        }
+    return summary
+
+
+def _with_quantities(rows: Sequence[Mapping[str, Any]], by: str) -> dict[str, Any]:
+    found = _statistics(rows)
+    if by != "quantity":
+        for q in COMPARED:
+            picked = [r for r in rows if r["quantity"] == q]
+            if picked:
+                found[q] = _statistics(picked)
+    return found
+
+
+def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    shown = [r for r in rows if r["predicted"] is not None]
+    inside = [r["low"] <= r["measured"] <= r["high"] for r in shown]
+    base = [r["baseline"] / r["measured"] for r in shown if r["baseline"] is not None]
+    left = [
+        (r["held_out_predicted"] or r["predicted"]) / r["measured"]
+        for r in shown
+        if r["status"] != "extrapolated" or r["held_out_predicted"] is not None
+    ]
+    return {
+        "coverage": len(shown) / len(rows) if rows else None,
+        **_named(errors_of(r["predicted"] / r["measured"] for r in shown)),
+        "in_band": sum(inside) / len(inside) if inside else None,
+        "held_out": _named(errors_of(left)),
+        "baseline": _named(errors_of(base)),
+    }
+
+
+def _named(errors: Mapping[str, float]) -> dict[str, float | None]:
+    return {k: errors.get(k) for k in ("n", "median", "p90", "worst")}
+
+
+def worst_rows(rows: Sequence[Mapping[str, Any]], count: int = 10) -> list[Mapping[str, Any]]:
+    """The judged rows that a prediction misses by the largest factor."""
+
+    def miss(r: Mapping[str, Any]) -> float:
+        return abs(math.log((r["held_out_predicted"] or r["predicted"]) / r["measured"]))
+
+    shown = [r for r in rows if r["judged"] and r["predicted"] is not None]
+    return sorted(shown, key=miss, reverse=True)[:count]
