@@ -56,7 +56,7 @@ def plan_text(plan: Plan) -> str:
     lines += _block("Prompt", _prompts(plan))
     lines += _block("Drafts", _drafts(plan))
     lines += _block("Split", [_split(plan.chosen)])
-    lines += _block("Start", plan.command.split("\n"), wrap=False)
+    lines += _block("Start", shell_lines(plan.command, WIDTH - _LABEL), wrap=False)
     lines += _block("Files", [_files(plan)])
     lines += _block("How sure", _sure(plan))
     if plan.alternatives:
@@ -70,6 +70,19 @@ def _block(label: str, texts: list[str], wrap: bool = True) -> list[str]:
         width = WIDTH - _LABEL if wrap else 10_000
         found += textwrap.wrap(text, width, break_on_hyphens=False) if wrap else [text]
     return [f"{label if i == 0 else '':<{_LABEL}}{line}".rstrip() for i, line in enumerate(found)]
+
+
+def shell_lines(command: str, width: int) -> list[str]:
+    """A command over several lines, broken before flags with the shell's backslash."""
+    pieces = command.split(" --")
+    words = [pieces[0], *(f"--{p}" for p in pieces[1:])]
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _title(plan: Plan) -> str:

@@ -1,0 +1,156 @@
+"""Engine files: policies, numbers with sources, and command lines that the engines accept."""
+
+import itertools
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hwmodel.command import Launch, build_command
+from hwmodel.devices import read_toml
+from hwmodel.engines import engine_names, load_engine, parse_engine
+from hwmodel.errors import DeviceFileError, UnknownNameError
+from hwmodel.memory import KV_TYPES
+from hwmodel.quant import FAMILIES, QUANTS
+from hwmodel.run import Placement
+
+DATA = Path(__file__).parent / "data"
+ALL = engine_names()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_engine_is_complete_and_refers_to_things_that_exist(name: str) -> None:
+    engine = load_engine(name)
+    assert engine.name == name
+    assert set(engine.quants) <= set(QUANTS)
+    assert set(engine.published) <= set(engine.quants)
+    assert set(engine.kv_types) <= set(KV_TYPES)
+    assert engine.micro_batch >= 1
+    for key, quantity in engine.quantities.items():
+        assert quantity.source
+        if key.startswith("efficiency."):
+            _, backend, family = key.split(".")
+            assert backend in engine.backends
+            assert family in FAMILIES.values()
+
+
+def test_what_a_plan_may_recommend() -> None:
+    assert engine_names(for_plan=True) == ("llama.cpp", "mlx", "sglang", "vllm")
+    for name in engine_names(for_plan=True):
+        assert load_engine(name).flags["program"]
+        assert load_engine(name).published
+
+
+def test_policies_that_decide_memory() -> None:
+    assert load_engine("llama.cpp").sliding_cache == "window"
+    assert load_engine("vllm").sliding_cache == "full"
+    assert load_engine("vllm").memory_fraction == 0.9
+    assert load_engine("llama.cpp").memory_fraction == 1
+    assert load_engine("mlx").max_drafts == 0
+
+
+def test_unknown_engines_and_bad_files_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match=r"'lama\.cp'; did you mean llama\.cpp"):
+        load_engine("lama.cp")
+    raw = read_toml(Path(load_engine("vllm").file))
+    for key, value, message in [
+        ("sliding_cache", "half", "must be one of window, full"),
+        ("splits", ["diagonal"], "split 'diagonal'"),
+        ("backends", ["cudda"], "unknown backend"),
+        ("surprise", 1, "unknown key 'surprise'"),
+        ("schema", 2, "'schema' is 2"),
+        ("flags", {"porgram": "x"}, "unknown flag 'porgram'"),
+        ("efficiency", {"cuda": {"f16": {"value": 2, "source": "x", "as_of": "y"}}}, "no share"),
+        ("memory", {}, "'memory.micro_batch' is missing"),
+        ("memory", {"micro_batch": 512}, "has no source"),
+    ]:
+        with pytest.raises(DeviceFileError, match=message):
+            parse_engine({**raw, key: value}, "x.toml")
+
+
+def options(file: str, program: str = "") -> dict[str, tuple[int, str]]:
+    """Option -> (values it takes, choices) as recorded."""
+    found: dict[str, tuple[int, str]] = {}
+    for line in (DATA / file).read_text().splitlines():
+        if not line.startswith("#"):
+            cells = line.split("\t")
+            if program and cells.pop(0) != program:
+                continue
+            found[cells[0]] = (int(cells[1]), cells[2] if not program else "")
+    return found
+
+
+def parse(command: str, known: dict[str, tuple[int, str]], words_before: int) -> None:
+    """Read a command as the program would; unknown options, values or choices fail."""
+    words = shlex.split(command)[words_before:]
+    while words:
+        option = words.pop(0)
+        assert option in known, option
+        values, choices = known[option]
+        for _ in range(values):
+            value = words.pop(0)
+            assert not value.startswith("--"), (option, value)
+            if "|" in choices:
+                assert value in choices.split("|"), (option, value)
+            if choices == "N":
+                assert value == "all" or int(value) >= 0
+
+
+LLAMA_CASES = [
+    {"drafts": d, "kv_type": kv, "host_layers": h, "count": n, "hosts": m}
+    for d, kv, h, (n, m) in itertools.product(
+        (0, 1, 3), ("f16", "q8_0"), (0, 12, None), ((1, 1), (4, 1), (2, 2))
+    )
+]
+
+
+@pytest.mark.parametrize("case", LLAMA_CASES, ids=str)
+def test_llama_server_knows_every_option_of_a_command(case: dict[str, int]) -> None:
+    """Against the options in llama.cpp's own source (data/llama_server_flags.tsv)."""
+    engine = load_engine("llama.cpp")
+    split = "layer" if case["count"] > 1 else "single"
+    command = build_command(
+        Launch(
+            engine, "cuda", "Q4_K_S", 32768, placement=Placement(split=split), micro_batch=4096,
+            **case,  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+    assert command.startswith("llama-server --model step3.5_flash_Q4_K_S.gguf --ctx-size 32768")
+    parse(command, options("llama_server_flags.tsv"), 1)
+    assert ("--spec-type draft-mtp" in command) == bool(case["drafts"])
+    assert ("--cpu-moe" in command) == (case["host_layers"] is None)
+    assert ("--rpc host2:50052" in command) == (case["hosts"] == 2)
+
+
+@pytest.mark.parametrize("split", ["tensor", "expert"])
+@pytest.mark.parametrize(("name", "before"), [("vllm", 3), ("sglang", 2)])
+def test_server_commands_use_recorded_options(name: str, before: int, split: str) -> None:
+    command = build_command(
+        Launch(
+            load_engine(name), "cuda", "FP8-experts", 65536, count=4, kv_type="fp8", sequences=8,
+            placement=Placement(split=split), drafts=3,  # type: ignore[arg-type]
+        )
+    )  # fmt: skip
+    assert "stepfun-ai/Step-3.5-Flash-FP8" in command
+    parse(command, options("server_flags.tsv", name), before)
+
+
+def test_the_words_of_a_server_command() -> None:
+    launch = Launch(
+        load_engine("vllm"), "cuda", "BF16", 32768, count=8, placement=Placement(split="tensor"),
+        drafts=1,
+    )  # fmt: skip
+    words = shlex.split(build_command(launch))
+    assert words[:3] == ["vllm", "serve", "stepfun-ai/Step-3.5-Flash"]
+    assert words[words.index("--tensor-parallel-size") + 1] == "8"
+    config = words[words.index("--speculative-config") + 1]
+    assert config == '{"method": "step3p5_mtp", "num_speculative_tokens": 1}'
+
+
+def test_llama_server_divides_its_context_among_sequences() -> None:
+    shared = build_command(Launch(load_engine("llama.cpp"), "cuda", "Q4_K_S", 8192, sequences=4))
+    each = build_command(Launch(load_engine("vllm"), "cuda", "BF16", 8192, sequences=4))
+    assert "--ctx-size 32768 " in shared
+    assert "--parallel 4" in shared
+    assert "--max-model-len 8192 " in each
+    assert "--max-num-seqs 4" in each
