@@ -15,7 +15,7 @@ from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine, load_engine
 from hwmodel.errors import RequestError
 from hwmodel.model import ModelShape, load_model, shape_from_totals
-from hwmodel.quant import Quant, bits_per_weight, closest_quant, load_quant
+from hwmodel.quant import Quant, closest_quant, load_quant
 from hwmodel.run import (
     DeviceCount,
     EngineChoice,
@@ -185,8 +185,8 @@ def _published_form(name: str, model: ModelShape, engine: EngineChoice) -> str:
         return "MXFP4-BF16"
     if name == "MXFP4-BF16" and not model.name.startswith("gpt-oss"):
         return "NVFP4"
-    if bits_per_weight(load_quant(name).default) and name == "INT8":
-        return "INT8"
+    if name == "Q2_K" and engine.engine.name == "ds4":
+        return "IQ2-experts"
     return name
 
 
@@ -202,7 +202,7 @@ def _workload(record: RunRecord) -> Workload:
     micro = round(record.micro_batch) if record.micro_batch else (int(stated) if stated else None)
     drafts = record.drafts
     return Workload(
-        prompt_tokens=prompt,
+        prompt_tokens=prompt or (micro or 0),
         depth=None if record.context_depth is None else round(record.context_depth),
         generated_tokens=round(record.gen_tokens or 0),
         concurrency=max(1, round(record.batch_concurrency or 1)),

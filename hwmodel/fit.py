@@ -27,7 +27,7 @@ LEVEL_SPREAD: dict[str, float] = {
     "all": 0.25, "class": 0.25, "group": 0.25, "family": 0.15, "class+group": 0.20,
     "engine": 0.12, "backend": 0.15, "device": 0.12, "quant": 0.20, "class+quant": 0.15,
     "group+quant": 0.15, "age": 0.10, "early": 0.15, "depth": 0.30, "type": 0.15, "width": 0.30,
-    "parallel": 0.30, "kind": 0.30, "tokens": 0.15,
+    "parallel": 0.30, "speed": 0.15, "kind": 0.30, "tokens": 0.15,
 }  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class ModelShape:
 
     `certain` is False where the shape was guessed from totals. `tensors` holds the trunk and,
     marked `mtp`, the layers for speculative decoding. `released` is the month in which engines
-    began to support the architecture; `query_heads` lists the numbers that occur.
+    began to support the architecture; `query_heads` lists the numbers that occur,
+    `kinds` the kinds of attention (`gqa`, `mla`, `linear`).
     """
 
     name: str
@@ -80,6 +81,7 @@ class ModelShape:
     released: str = ""
     query_heads: tuple[int, ...] = ()
     expert_width: int = 0
+    kinds: tuple[str, ...] = ("gqa",)
 
     @cached_property
     def parameters(self) -> int:
@@ -263,6 +265,7 @@ def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
         released=facts.get("released", ""),
         query_heads=tuple(sorted({g["query_heads"] for g in facts["attention"] if "query_heads" in g})),
         expert_width=moe["width"] if moe else 0,
+        kinds=tuple(dict.fromkeys(g["type"] for g in facts["attention"])),
     )
 
 
@@ -274,7 +277,7 @@ def _attention_group(g: Mapping[str, Any]) -> AttentionGroup:
         work_pv = g["query_heads"] * g["latent"]
         return AttentionGroup(g["layers"], g["latent"], work_qk, work_pv, g.get("window"))
     d = g["head_dim"]
-    work = g["query_heads"] * d
+    work = g.get("work_values", g["query_heads"] * d)
     values = g.get("kv_values", 2 * g["kv_heads"] * d)
     return AttentionGroup(g["layers"], values, work, work, g.get("window"))
 

@@ -131,6 +131,7 @@ def _quants() -> dict[str, Quant]:
         Quant("INT8", "INT8", "linear"),
         Quant("INT4", "INT4_G128", "linear"),
         Quant("INT4-experts", "INT4_G32", "routed"),
+        Quant("IQ2-experts", "IQ2_XXS", "routed", rest="Q8_0"),
         Quant("NVFP4", "NVFP4", "linear"),
         Quant("MXFP4", "MXFP4", "mxfp4", rest="Q8_0"),
         Quant("MXFP4-BF16", "MXFP4", "mxfp4", rest="BF16"),

@@ -39,6 +39,8 @@ OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransform
 MOE_OVERHEAD = 50e-6
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
 HOST_PRIOR = 0.50  # of host memory's peak bandwidth, experts computed by the processor
+HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
+HAND_OVER_S = 100e-6  # activations to the host and back, per layer with experts there
 LINK_PRIOR = 0.75  # of a link's datasheet speed
 ALL_REDUCE_S = {"nvlink": 8e-6, "xgmi": 12e-6, "pcie": 25e-6, "network": 40e-6}
 
@@ -186,13 +188,12 @@ def _weight_parts(
     read = {role: v * scale for role, v in counts.weight_bytes.items()}
     routed = read.pop("routed", 0.0)
     always = sum(read.values())
-    on_host = routed * run.placement.host_expert_share
-    on_disk = routed * run.placement.ssd_share
-    layers_on_host = run.placement.host_layer_share
     efficiency = BANDWIDTH_PRIOR.get(c.device_class, 0.7)
     levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
-    effects = c.features("weights", *levels)
+    effects = c.features("weights", *levels) + _speed(m, c)
     wide = m.bandwidth_bytes_per_s
+    on_host, on_disk = routed * run.placement.host_expert_share, routed * run.placement.ssd_share
+    layers_on_host = run.placement.host_layer_share
     local = (always * (1 - layers_on_host), (routed - on_host - on_disk) * (1 - layers_on_host))
     parts = [
         Part(
@@ -207,14 +208,37 @@ def _weight_parts(
             Part("routed experts", "memory bandwidth", base, expert_effects,
                  local[1] / wide, local[1])
         )  # fmt: skip
-    host_bytes = on_host * (1 - layers_on_host) + (always + routed) * layers_on_host
-    if host_bytes > 0:
-        host = m.host_bandwidth_bytes_per_s
-        effects = c.features("host", "family", "quant")
-        base = host_bytes / host / HOST_PRIOR
-        parts.append(
-            Part("host memory", "host memory", base, effects, host_bytes / host, host_bytes)
-        )
+    return parts + _outside_parts(run, m, c, always, routed)
+
+
+def _speed(m: Machine, c: Context) -> Features:
+    """The faster one device's memory, the smaller the share of it that a step reaches."""
+    each = math.log2(m.bandwidth_bytes_per_s / max(1, m.parallel) / 1e12)
+    return (("weights/speed", each), (f"weights/speed={c.group}", each))
+
+
+def _outside_parts(
+    run: RunConfig, m: Machine, c: Context, always: float, routed: float
+) -> list[Part]:
+    """Weights used where they lie outside the devices: host memory (computed there) and disk."""
+    p = run.placement
+    inside = 1 - p.host_layer_share
+    experts = routed * p.host_expert_share * inside
+    layers = (always + routed) * p.host_layer_share
+    host = m.host_bandwidth_bytes_per_s
+    parts = []
+    if experts > 0:
+        t = experts / host
+        effects = c.features("host experts", "family", "quant")
+        parts.append(Part("host experts", "host memory", t / HOST_PRIOR, effects, t, experts))
+        turns = run.model.moe_layers * p.host_expert_share
+        base = turns * HAND_OVER_S
+        parts.append(Part("hand-over", "overhead", base, c.features("hand-over", "family")))
+    if layers > 0:
+        t = layers / host
+        effects = c.features("host layers", "family")
+        parts.append(Part("host layers", "host memory", t / HOST_LAYERS_PRIOR, effects, t, layers))
+    on_disk = routed * p.ssd_share
     if on_disk > 0:
         disk = m.ssd_bytes_per_s
         base = on_disk / disk / 0.7
@@ -244,6 +268,7 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
     base = run.model.layers * per_layer + run.model.moe_layers * MOE_OVERHEAD
     width = math.log2(run.model.hidden_size / 4096)
     effects += (("overhead/width", width),)
+    effects += tuple((f"overhead/kind={k}", 1.0) for k in run.model.kinds if k != "gqa")
     if m.parallel > 1:
         effects += ((f"overhead/parallel={c.group}", 1.0),)
     parts = [Part("overhead", "overhead", base, effects)]
@@ -375,9 +400,14 @@ def _stream_parts(
     parts = [Part("weight reads", "memory bandwidth", t / 0.7, c.features("stream", "class"), t,
                   total - host - disk)]  # fmt: skip
     if host > 0:
-        t = host / m.host_stream_bytes_per_s
-        effects = c.features("host stream", "family", "quant")
+        # Read and packed by the processor, then sent: one after the other (published tables for
+        # 1 to 8 cards on one host fit the sum, not the slower of the two).
+        t = host / m.host_link_bytes_per_s
+        effects = c.features("host stream", "family")
         parts.append(Part("host link", "links", t / LINK_PRIOR, effects, t, host))
+        t = host / m.host_bandwidth_bytes_per_s
+        effects = c.features("host pack", "family")
+        parts.append(Part("host memory", "host memory", t / 0.4, effects, t, host))
     if disk > 0:
         t = disk / m.ssd_bytes_per_s
         parts.append(Part("disk", "disk", t / 0.7, c.features("disk", "family"), t, disk))
