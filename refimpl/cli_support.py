@@ -78,7 +78,7 @@ class SentenceGroup(click.Group):
             _forget_stdout()
             ctx.exit(BROKEN_PIPE)
         except OSError as error:
-            complain(f"{error.filename or 'file'}: {error.strerror or error}")
+            complain(f"{error.filename or 'output'}: {error.strerror or error}")
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package in ("", "refimpl"):

@@ -6,14 +6,17 @@ a draft distribution that is deliberately wrong; two broken acceptance rules fai
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
+from scipy.stats import chi2, chisquare
 
 from refimpl.decoding import speculative
+from refimpl.decoding.generate import generate
+from refimpl.decoding.generation import GenerateOptions
 from refimpl.decoding.sampling import SamplingParams, distribution
 from refimpl.decoding.speculative import Picker
 
@@ -163,3 +166,43 @@ def test_greedy_keeps_the_longest_prefix_that_the_trunk_agrees_with(
 def test_residual_of_equal_distributions_is_the_distribution() -> None:
     p = np.array([0.25, 0.75])
     assert speculative.residual(p, p.copy()).tolist() == p.tolist()
+
+
+def p_value_of_a_run(backend, mtp: int) -> float:
+    """Goodness of fit of one long generation: the successors of every pair of tokens."""
+    options = GenerateOptions(
+        max_new_tokens=DRAWS, mtp=mtp, sampling=dataclasses.replace(PARAMS, seed=11)
+    )
+    made = generate(backend, [1, 2], options)
+    assert made.mtp.accepted > DRAWS // 10
+    text = [1, 2, *made.ids]
+    followers: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+    for before, last, token in zip(text, text[1:], text[2:], strict=False):
+        followers[before, last][token] += 1
+    statistic, freedom = 0.0, 0
+    for (before, last), seen in followers.items():
+        exact = distribution(backend.logits(before, last), PARAMS)
+        expected = exact * seen.total()
+        assert all(exact[token] > 0 for token in seen)
+        if seen.total() < 50:
+            continue
+        common = np.flatnonzero(expected >= 5)
+        rare = expected.sum() - expected[common].sum()
+        counts = np.array([seen[int(i)] for i in common], dtype=float)
+        pairs = [(counts, expected[common])]
+        if rare >= 1:  # the improbable ones together
+            pairs.append((np.array([seen.total() - counts.sum()]), np.array([rare])))
+        statistic += sum(float(((c - e) ** 2 / e).sum()) for c, e in pairs)
+        freedom += sum(len(c) for c, _ in pairs) - 1
+    return float(chi2.sf(statistic, freedom))
+
+
+def test_a_whole_generation_has_the_exact_distribution_after_every_context(markov, config) -> None:
+    backend = markov(config(context=2 * DRAWS), seed=3, wrong=0.4)
+    assert p_value_of_a_run(backend, mtp=3) > 0.01
+
+
+def test_a_whole_generation_under_a_broken_rule_does_not(markov, config, monkeypatch) -> None:
+    monkeypatch.setattr(speculative, "residual", lambda p, q: p)
+    backend = markov(config(context=2 * DRAWS), seed=3, wrong=0.4)
+    assert p_value_of_a_run(backend, mtp=3) < 1e-4
