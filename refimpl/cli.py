@@ -121,8 +121,9 @@ def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any
 
     The continuation goes to stdout as it comes, without the prompt; speeds and accepted drafts
     go to stderr. Drafts change the speed only: greedy text is the same with any --mtp, sampled
-    text has the same distribution. The order of the cuts is temperature, top-k, top-p, min-p.
-    Ctrl-C ends the text; what there is, is kept (exit code 130).
+    text has the same distribution, but for one seed another number of drafts gives another text
+    (with auto the number follows measured times). The order of the cuts is temperature, top-k,
+    top-p, min-p. Ctrl-C ends the text; what there is, is kept (exit code 130).
 
     \b
     Examples:

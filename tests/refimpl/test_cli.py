@@ -132,6 +132,16 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     assert {p.name for p in folder.iterdir()} == before
 
 
+def test_an_installation_without_the_embedded_model_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("refimpl.backends.EMBEDDED_FILE", "left-out.gguf")
+    done = CliRunner().invoke(main, ["generate", "x"])
+    assert done.exit_code == 2
+    assert "no embedded model (mini/left-out.gguf is not in the package)" in done.stderr
+    assert "--model PATH" in done.stderr
+
+
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     done = CliRunner().invoke(main, ["generate", "x", "--model", str(folder / "model")])
