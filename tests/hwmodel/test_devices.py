@@ -9,24 +9,10 @@ from hwmodel.errors import DeviceFileError, UnknownNameError
 from hwmodel.names import canonical
 
 REQUIRED = [
-    "h100",
-    "h100-pcie",
-    "rtx4090",
-    "m4max",
-    "m4max-32core",
-    "dgx-spark",
-    "h200",
-    "b200",
-    "a100",
-    "rtx5090",
-    "rtx3090",
-    "rtx-pro-6000",
-    "m3-ultra",
-    "m5-max",
-    "ryzen-ai-max-395",
-    "server-ddr5-12ch",
-    "desktop-ddr5",
-]
+    "h100", "h100-pcie", "rtx4090", "m4max", "m4max-32core", "dgx-spark", "h200", "b200", "a100",
+    "rtx5090", "rtx3090", "rtx-pro-6000", "m3-ultra", "m5-max", "ryzen-ai-max-395",
+    "server-ddr5-12ch", "desktop-ddr5",
+]  # fmt: skip
 SHIPPED = [name for name in device_names() if name != "local"]
 EXAMPLE = """
 schema = 1

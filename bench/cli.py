@@ -1,0 +1,25 @@
+"""The command `bench`: parses and prints; everything else is imported when it is used."""
+
+from __future__ import annotations
+
+import click
+
+from hwmodel.cli_support import SETTINGS, CommandGroup
+
+
+@click.group(
+    cls=CommandGroup,
+    lazy={
+        "calibrate": "bench.cli_model:calibrate",
+        "compare": "bench.cli_model:compare",
+    },
+    context_settings=SETTINGS,
+)
+@click.version_option(package_name="step-flash-reference", prog_name="bench")
+def main() -> None:
+    """Measured runs against the cost model: fit it, and say how far off it is.
+
+    \b
+    Example:
+      bench compare --runs my-runs.csv --json comparison.json
+    """

@@ -1,0 +1,109 @@
+"""A comparison and a calibration as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bench.compare import COMPARED, worst_rows
+from hwmodel.cli_support import table
+
+if TYPE_CHECKING:
+    from hwmodel.fit import Fit
+
+NAMES = {"decode_tok_s": "decode", "prefill_tok_s": "prefill"}
+
+
+def percent(share: float | None) -> str:
+    """`12.3`, empty where there is nothing."""
+    return "" if share is None or math.isnan(share) else f"{100 * share:.1f}"
+
+
+def comparison_text(result: Mapping[str, Any]) -> str:
+    """Errors in % by quantity, device and engine beside the baseline, and the worst rows."""
+    summary = result["summary"]
+    counts = ", ".join(f"{n} {status}" for status, n in summary["statuses"].items() if n)
+    parts = [
+        f"{summary['rows']} figures ({counts}); {summary['judged']} count in the errors below, "
+        f"{percent(summary['coverage']) or 'none'} % of them predicted",
+    ]
+    if summary["beyond_limit"]:
+        parts.append(f"{summary['beyond_limit']} measured beyond the datasheet's limit")
+    parts += ["", _errors_table(summary), "", *_worst(result["rows"])]
+    return "\n".join(parts)
+
+
+_HEADER = [
+    "errors in %", "quantity", "rows", "predicted", "median", "p90", "worst", "in band",
+    "held-out median", "p90", "baseline median", "p90",
+]  # fmt: skip
+
+
+def _errors_table(summary: Mapping[str, Any]) -> str:
+    rows = [
+        _errors_row("all", name, summary["by_quantity"][q])
+        for q, name in NAMES.items()
+        if q in summary["by_quantity"]
+    ]
+    for group in ("device", "engine"):
+        for name, entry in summary[f"by_{group}"].items():
+            for q in COMPARED:
+                if q in entry:
+                    rows.append(_errors_row(name, NAMES[q], entry[q]))
+    return table(_HEADER, rows)
+
+
+def _errors_row(name: str, quantity: str, e: Mapping[str, Any]) -> list[str]:
+    held, base = e["held_out"], e["baseline"]
+    return [
+        name[:40], quantity, str(e["n"] or 0), percent(e["coverage"]), percent(e["median"]),
+        percent(e["p90"]), percent(e["worst"]), percent(e["in_band"]), percent(held["median"]),
+        percent(held["p90"]), percent(base["median"]), percent(base["p90"]),
+    ]  # fmt: skip
+
+
+def _worst(rows: list[Mapping[str, Any]]) -> list[str]:
+    found = worst_rows(rows)
+    if not found:
+        return []
+    cells = [
+        [
+            str(r["id"]),
+            NAMES[r["quantity"]],
+            f"{r['measured']:.4g}",
+            f"{r['held_out_predicted'] or r['predicted']:.4g}",
+            f"{(r['held_out_predicted'] or r['predicted']) / r['measured']:.2f}",
+            r["status"],
+            f"{r['model']} {r['quant']} on {r['device']}, {r['engine']}"[:60],
+        ]
+        for r in found
+    ]
+    header = ["worst rows", "quantity", "measured", "predicted", "ratio", "status", "what"]
+    return [table(header, cells)]
+
+
+def errors_text(fit: Fit) -> str:
+    """Cross-validation errors in % by quantity, device and engine, beside the baseline."""
+    rows = []
+    for q, entry in fit.errors.items():
+        rows.append(_cross_row("all", NAMES.get(q, q), entry))
+        for group in ("by_device", "by_engine"):
+            for name, part in entry.get(group, {}).items():
+                rows.append(_cross_row(name, NAMES.get(q, q), part))
+    return table(_CROSS_HEADER, rows)
+
+
+_CROSS = ("leave_sweep_out", "leave_device_out", "leave_model_out", "baseline")
+_CROSS_HEADER = [
+    "errors in %", "quantity", "rows", "sweep out: median", "p90", "device out: median", "p90",
+    "model out: median", "p90", "baseline: median", "p90",
+]  # fmt: skip
+
+
+def _cross_row(name: str, quantity: str, entry: Mapping[str, Any]) -> list[str]:
+    cells = [name[:40], quantity, str(entry.get(_CROSS[0], {}).get("n", ""))]
+    for kind in _CROSS:
+        found = entry.get(kind, {})
+        cells += [percent(found.get("median")), percent(found.get("p90"))]
+    return cells

@@ -1,0 +1,148 @@
+"""Pictures of the cost model: one style, and decode speed against context depth.
+
+Figures are made without pyplot, so nothing global changes and no display is needed. Colours are
+those of Okabe and Ito, which people with any colour vision tell apart; each also has a marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwmodel.predict import predict
+from hwmodel.run import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+FONT = 13  # points; legible when a figure is shown at half its width
+GREY = "#666666"
+STYLE: dict[str, Any] = {
+    "font.size": FONT,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hwmodel",
+}
+
+
+def style() -> Any:
+    """The style as a context manager."""
+    import matplotlib
+
+    return matplotlib.rc_context(rc=STYLE)  # type: ignore[arg-type]
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and marker of the n-th series; the pair repeats only after 63."""
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+
+
+@dataclass(frozen=True)
+class DepthCurve:
+    """Decode against depth of one configuration: prediction, band, limit, and measurements.
+
+    `measured` holds (depth in tokens, tokens/s) pairs.
+    """
+
+    label: str
+    run: RunConfig
+    depths: tuple[int, ...]
+    measured: tuple[tuple[float, float], ...] = ()
+
+
+def depth_grid(most: int) -> tuple[int, ...]:
+    """Depths from 0 to `most`, four to an octave from 512 on."""
+    grid = {0, most}
+    step = 0
+    while (depth := round(512 * 2 ** (step / 4))) < most:
+        grid.add(depth)
+        step += 1
+    return tuple(sorted(grid))
+
+
+def draw_depth(axes: Axes, curves: Sequence[DepthCurve], roofline: bool = True) -> None:
+    """Curves into one panel; the datasheet's limit of each is dashed above it."""
+    import dataclasses
+
+    for i, curve in enumerate(curves):
+        colour, marker = look(i)
+        found = []
+        for depth in curve.depths:
+            work = dataclasses.replace(curve.run.workload, depth=depth)
+            found.append(predict(dataclasses.replace(curve.run, workload=work), "decode_tok_s"))
+        shown = [(d, e) for d, e in zip(curve.depths, found, strict=True) if e.value is not None]
+        x = [d for d, _ in shown]
+        axes.fill_between(
+            x, [e.low or 0.0 for _, e in shown], [e.high or 0.0 for _, e in shown],
+            color=colour, alpha=0.15, linewidth=0,
+        )  # fmt: skip
+        axes.plot(x, [e.value or 0.0 for _, e in shown], color=colour, linewidth=2)
+        if roofline:
+            limits = [e.roofline or 0.0 for _, e in shown]
+            axes.plot(x, limits, color=colour, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.plot(
+            [d for d, _ in curve.measured], [v for _, v in curve.measured], linestyle="none",
+            marker=marker, color=colour, markersize=7, markeredgecolor="white",
+            label=curve.label,
+        )  # fmt: skip
+    style_depth_axis(axes)
+
+
+def style_depth_axis(axes: Axes) -> None:
+    """Depth on a scale that is linear to 1K and logarithmic beyond, labelled in K tokens."""
+    axes.set_xscale("symlog", base=2, linthresh=1024, linscale=0.5)
+    ticks = [0, 1024, 4096, 16384, 65536, 262144]
+    axes.set_xticks(ticks, ["0", "1K", "4K", "16K", "64K", "256K"], minor=False)
+    axes.minorticks_off()
+    axes.set_xlim(-200, 300_000)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the KV cache")
+
+
+def depth_figure(curves: Sequence[DepthCurve], title: str, source: str) -> Figure:
+    """One panel of decode against depth, with what the lines mean and where numbers come from."""
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(9, 6.2), layout="constrained")
+        axes = figure.add_subplot()
+        draw_depth(axes, curves)
+        axes.set_ylabel("decode, tokens/s per sequence")
+        axes.set_title(title, loc="left")
+        shown = axes.get_legend_handles_labels()[0] if any(c.measured for c in curves) else []
+        axes.legend(handles=[*shown, *line_handles()], loc="best", fontsize=FONT - 2)
+        figure.supxlabel(source, fontsize=FONT - 4, color=GREY, x=0.01, ha="left")
+        return figure
+
+
+def line_handles() -> list[Any]:
+    """Legend entries for what solid, shaded and dashed mean."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    return [
+        Line2D([], [], color=GREY, linewidth=2, label="predicted"),
+        Patch(color=GREY, alpha=0.25, label="its band"),
+        Line2D([], [], color=GREY, linestyle=(0, (5, 3)), label="datasheet limit"),
+    ]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write NAME.png and NAME.svg into a folder (made if need be); gives both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    with style():
+        figure.savefig(paths[0], dpi=110)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
