@@ -145,7 +145,9 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         def move(done: int, total: int) -> None:
             nonlocal bar
             if bar is None:
-                shown = click.progressbar(length=total, label=label, file=sys.stderr)
+                shown = click.progressbar(
+                    length=total, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
+                )
                 bar = stack.enter_context(shown)
             bar.update(done - bar.pos)
 
