@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from golden_shared import NEW_TOKENS, Array, Golden
+from threadpoolctl import threadpool_limits
 
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.source import WeightSource
@@ -51,7 +52,9 @@ class Runs:
         key = (golden.meta["checkpoint"], dtype, variant, chunk, new)
         if key not in self._runs:
             model = ReferenceModel(self.source(golden), dtype, variant)
-            self._runs[key] = golden_arrays(model, golden.arrays["prompt"].tolist(), new, chunk)
+            with threadpool_limits(1):  # matrices this small gain nothing from threads
+                prompt = golden.arrays["prompt"].tolist()
+                self._runs[key] = golden_arrays(model, prompt, new, chunk)
         return self._runs[key]
 
     def pairs(self, golden: Golden) -> Iterator[tuple[str, Array, Array]]:

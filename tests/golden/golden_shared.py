@@ -74,11 +74,13 @@ def tiny_c() -> ModelConfig:
     )
 
 
+# Of the first few seeds, those where float32 amplifies rounding least (the tolerance must hold for
+# any BLAS kernel) and no choice of token or expert is near a tie.
 CHECKPOINTS = {
     c.name: c
     for c in (
-        Checkpoint("tiny_a", PRESETS["tiny_a"](), 20260101),
-        Checkpoint("tiny_b", PRESETS["tiny_b"](), 20260102),
+        Checkpoint("tiny_a", PRESETS["tiny_a"](), 20260102),
+        Checkpoint("tiny_b", PRESETS["tiny_b"](), 20260101),
         Checkpoint("tiny_c", tiny_c(), 20260103),
     )
 }

@@ -223,14 +223,21 @@ def own_wiring(
     }
 
 
-def outputs(checkpoint: Checkpoint, gguf: Path) -> dict[str, Array]:
-    """All arrays of one golden file."""
+def load(gguf: Path) -> Any:
+    """A llama.cpp model, its MTP layers included, weights not repacked."""
+    llama_cpp.llama_log_set(_errors_only, None)
     params = llama_cpp.llama_model_default_params()
     params.use_extra_bufts = False
     params.load_mtp = True
     model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
     if not model:
         raise RuntimeError(f"llama.cpp does not load {gguf.name}")
+    return model
+
+
+def outputs(checkpoint: Checkpoint, gguf: Path) -> dict[str, Array]:
+    """All arrays of one golden file."""
+    model = load(gguf)
     prompt, depth = checkpoint.prompt, checkpoint.config.num_nextn_predict_layers
     context = Context(model, mtp=False)
     logits, hidden = context.run(prompt, 0)
@@ -253,7 +260,6 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, required=True, help="llama.cpp source folder")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: here)")
     args = parser.parse_args()
-    llama_cpp.llama_log_set(_errors_only, None)
     llama_cpp.llama_backend_init()
     facts = {
         "peer_version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",

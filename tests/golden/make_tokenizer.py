@@ -43,7 +43,7 @@ SCRIPTS = {
     "digits": "0 12 123 1234 12345678901 3.14159 1e-5 0x7f ½ ² Ⅷ ٣٤٥ १२३४५ 𝟘𝟙 ",
     "code": "def f(x):\n\tif x != 0:\n\t\treturn {'k': [x**2, -1]}\r\n    # 注释\n\n\n"
     "@a.b\nclass C: ...\n",
-    "spaces": " a  b   c\t\td \n e\u00a0f\u3000g\u2028h\u200bi\u202fj\u0085k\ufeffl   \n\n  \r\n m ",
+    "spaces": " a  b   c\t\td \n e\u00a0f\u3000g\u2028h\u200bi\u202fj\u0085k\ufeffl   \n\n  \r\n ",
     "control": "\x01\x02a\x07b\x1b[31mred\x1b[0m\x7f\x1c\x1f \x0b\x0c end ",
     "marks": "--> !!! ??? «quoted» “smart” ‹…› €£¥ ©®™ §¶ ~~~ $$$ ^^^ a_b.c-d/e\\f 'it''s' it's ",
     "special": "<|im_start|>user\nhi<|im_end|> <think>x</think> <fim>y<|im_end "
