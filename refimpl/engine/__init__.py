@@ -1,0 +1,1 @@
+"""The fast CPU engine: quantised blocks used in place from the memory map."""

@@ -1,0 +1,269 @@
+"""Activation rows as the kernels want them.
+
+A row of n float32 values (n a multiple of 32) lies at the start of its *blob*; the int8 forms
+that the row's consumers need follow at offsets fixed when the model is opened. All forms come
+from one quantisation: blocks of 32 values share the scale max|x| / 127, codes are rounded to
+nearest even. The forms differ in the order of codes and in what is precomputed:
+
+* `float`: the float32 row itself;
+* `natural`: n codes, n/32 scales, n/32 products of scale and sum of codes (256-bit kernels);
+* the others serve the AVX512 kernels, which read 64 codes at a time in the order in which the
+  block format's own codes fall; see `refimpl.engine.kernels512`.
+
+An offset is what a format adds to make its codes unsigned; forms with one hold minus the offset
+times the sums of the codes, to be added back.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from refimpl.engine.formats import Format
+from refimpl.engine.simd import Simd
+from refimpl.engine.vec import (
+    F32x4,
+    F32x8,
+    F32x16,
+    I8x16,
+    I8x32,
+    I32x4,
+    I32x8,
+    I32x16,
+    convert,
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    reduce_add,
+    reduce_max,
+    shuffler,
+    splat,
+    store,
+    store_f32,
+    store_i32,
+    vabs,
+    vmax,
+    vround,
+    zeros,
+)
+
+FLOAT, NATURAL, QUADS_8, QUADS_16, QUADS_128, QUADS_MIN, PAIRS, SUPER_MIN, SUPER, SUPER_HALVES = (
+    range(10)
+)
+_GROUP = {  # form: (values in a group, bytes of a group)
+    QUADS_8: (128, 256),
+    QUADS_16: (128, 256),
+    QUADS_128: (128, 256),
+    QUADS_MIN: (128, 256),
+    PAIRS: (64, 192),
+    SUPER_MIN: (256, 384),
+    SUPER: (256, 384),
+    SUPER_HALVES: (256, 384),
+}
+_FORM512 = {
+    ("quads", 8): QUADS_8,
+    ("quads", 16): QUADS_16,
+    ("quads", 128): QUADS_128,
+    ("quads_min", 0): QUADS_MIN,
+    ("pairs", 128): PAIRS,
+    ("super_min", 0): SUPER_MIN,
+    ("super", 32): SUPER,
+    ("super_halves", 128): SUPER_HALVES,
+}
+
+SIGNATURE = types.void(*[types.int64] * 4)
+
+
+def form_of(simd: Simd, fmt: Format, exact: bool) -> int:
+    """The form of activations that the kernel of a stored type takes."""
+    if exact or not simd.integer or not fmt.kind512:
+        return FLOAT
+    return _FORM512[fmt.kind512, fmt.offset] if simd.name == "avx512" else NATURAL
+
+
+def form_bytes(form: int, columns: int) -> int:
+    """Bytes of a row of `columns` values in that form, a multiple of 64."""
+    if form == FLOAT:
+        size = 4 * columns
+    elif form == NATURAL:
+        size = columns + columns // 4
+    else:
+        values, group = _GROUP[form]
+        size = -(-columns // values) * group
+    return -(-size // 64) * 64
+
+
+def scratch_bytes(columns: int) -> int:
+    """Bytes that `prepare` needs for itself."""
+    return _padded(columns) * 9 // 4 + 64
+
+
+@njit(forceinline=True)
+def _padded(columns):  # type: ignore[no-untyped-def]
+    return (columns + 255) // 256 * 256
+
+
+@cache
+def prepare(simd: Simd) -> Any:
+    """The compiled function (row, columns, plan, scratch) that adds the int8 forms to a blob.
+
+    `plan` is the address of int64 values: how many forms, then form and offset in the blob of
+    each. `scratch` is memory for `scratch_bytes(columns)`.
+    """
+    wide = simd.name == "avx512"
+
+    @cfunc(SIGNATURE, cache=True, error_model="numpy")
+    def prepare_row(row, columns, plan, scratch):  # type: ignore[no-untyped-def]
+        simd  # noqa: B018  # part of the cache key
+        count = load_i64(plan)
+        if count == 0:
+            return
+        _quantise(row, columns, scratch)
+        for i in range(count):
+            form = load_i64(plan + 8 + 16 * i)
+            out = row + load_i64(plan + 16 + 16 * i)
+            if form == NATURAL:
+                _natural(scratch, columns, out)
+            if wide:
+                if form == QUADS_8:
+                    _quads(scratch, columns, out, -8)
+                elif form == QUADS_16:
+                    _quads(scratch, columns, out, -16)
+                elif form == QUADS_128:
+                    _quads(scratch, columns, out, -128)
+                elif form == QUADS_MIN:
+                    _quads(scratch, columns, out, 0)
+                elif form == PAIRS:
+                    _pairs(scratch, columns, out)
+                elif form >= SUPER_MIN:
+                    _super(scratch, columns, out, form)
+
+    return prepare_row
+
+
+_even16 = shuffler(I32x16, list(range(0, 16, 2)))
+_odd16 = shuffler(I32x16, list(range(1, 16, 2)))
+_even8 = shuffler(I32x8, list(range(0, 8, 2)))
+_odd8 = shuffler(I32x8, list(range(1, 8, 2)))
+
+
+@njit(forceinline=True)
+def _sums_of_four(lanes):  # type: ignore[no-untyped-def]
+    two = _even16(lanes, lanes) + _odd16(lanes, lanes)
+    return _even8(two, two) + _odd8(two, two)
+
+
+@njit
+def _quantise(row, columns, scratch):  # type: ignore[no-untyped-def]
+    """Codes (padded), sums of four codes, scales, sums of 32 codes, one after the other; padding
+    up to whole groups of 256 values is zero."""
+    padded = _padded(columns)
+    quads = scratch + padded
+    scales, sums = quads + padded, quads + padded + padded // 8
+    for block in range(columns // 32):
+        at = row + 128 * block
+        low, high = load(F32x16, at), load(F32x16, at + 64)
+        peak = reduce_max(vmax(vabs(low), vabs(high)))
+        inverse = np.float32(127.0) / peak if peak > 0 else np.float32(0)
+        q0 = convert(I32x16, vround(low * splat(F32x16, inverse)))
+        q1 = convert(I32x16, vround(high * splat(F32x16, inverse)))
+        store(scratch + 32 * block, convert(I8x16, q0))
+        store(scratch + 32 * block + 16, convert(I8x16, q1))
+        store(quads + 32 * block, _sums_of_four(q0))
+        store(quads + 32 * block + 16, _sums_of_four(q1))
+        store_f32(scales + 4 * block, peak / np.float32(127.0))
+        store_i32(sums + 4 * block, reduce_add(q0 + q1))
+    for block in range(columns // 32, padded // 32):
+        store(scratch + 32 * block, zeros(I8x32))
+        store(quads + 32 * block, zeros(I8x32))
+        store_f32(scales + 4 * block, np.float32(0))
+        store_i32(sums + 4 * block, np.int32(0))
+
+
+@njit
+def _natural(scratch, columns, out):  # type: ignore[no-untyped-def]
+    padded = _padded(columns)
+    scales, sums = scratch + 2 * padded, scratch + 2 * padded + padded // 8
+    for block in range(columns // 32):
+        store(out + 32 * block, load(I8x32, scratch + 32 * block))
+        scale = load_f32(scales + 4 * block)
+        store_f32(out + columns + 4 * block, scale)
+        total = scale * np.float32(load_i32(sums + 4 * block))
+        store_f32(out + columns + columns // 8 + 4 * block, total)
+
+
+@njit
+def _quads(scratch, columns, out, factor):  # type: ignore[no-untyped-def]
+    """Groups of 128: first halves of four blocks, their last halves, scales over four lanes each,
+    and `factor` times the sums of the eight codes of each lane (factor 0: scale times sum)."""
+    padded = _padded(columns)
+    quads = scratch + padded
+    scales, sums = quads + padded, quads + padded + padded // 8
+    for block in range((columns + 127) // 128 * 4):
+        to = out + (block // 4) * 256 + (block % 4) * 16
+        store(to, load(I8x16, scratch + 32 * block))
+        store(to + 64, load(I8x16, scratch + 32 * block + 16))
+        scale = load_f32(scales + 4 * block)
+        store(to + 128, splat(F32x4, scale))
+        if factor == 0:
+            store(to + 192, zeros(I32x4))
+            store_f32(to + 192, scale * np.float32(load_i32(sums + 4 * block)))
+        else:
+            both = load(I32x4, quads + 32 * block) + load(I32x4, quads + 32 * block + 16)
+            store(to + 192, both * splat(I32x4, np.int32(factor)))
+
+
+@njit
+def _pairs(scratch, columns, out):  # type: ignore[no-untyped-def]
+    """Groups of 64: two blocks, their scales over eight lanes each, -128 x sums of four codes."""
+    padded = _padded(columns)
+    quads, scales = scratch + padded, scratch + 2 * padded
+    for block in range((columns + 63) // 64 * 2):
+        to = out + (block // 2) * 192 + (block % 2) * 32
+        store(to, load(I8x32, scratch + 32 * block))
+        store(to + 64, splat(F32x8, load_f32(scales + 4 * block)))
+        store(to + 128, load(I32x8, quads + 32 * block) * splat(I32x8, np.int32(-128)))
+
+
+@njit
+def _super(scratch, columns, out, form):  # type: ignore[no-untyped-def]
+    """Groups of 256: four times 64 codes in the order of the format, then two sets of 16 factors
+    of the block's 16 scales (see `refimpl.engine.kernels512`)."""
+    padded = _padded(columns)
+    quads = scratch + padded
+    scales, sums = quads + padded, quads + padded + padded // 8
+    for group in range(columns // 256):
+        codes, to = scratch + 256 * group, out + 384 * group
+        for j in range(8):
+            first, last = load(I8x16, codes + 32 * j), load(I8x16, codes + 32 * j + 16)
+            block = 8 * group + j
+            scale = load_f32(scales + 4 * block)
+            total = scale * np.float32(load_i32(sums + 4 * block))
+            if form == SUPER_MIN:  # sub-blocks 0 2 | 1 3 | 4 6 | 5 7
+                place = to + (j // 4) * 128 + (j % 2) * 64 + (j % 4) // 2 * 32
+                store(place, first)
+                store(place + 16, last)
+                _factors(to, j, scale, np.float32(0))
+                _factors(to, j + 8, np.float32(0), -total)
+            elif form == SUPER_HALVES:  # first halves of 0..3, last halves of 0..3, and 4..7
+                place = to + (j // 4) * 128 + (j % 4) * 16
+                store(place, first)
+                store(place + 64, last)
+                _factors(to, j, scale, np.float32(-128) * total)
+                _factors(to, j + 8, np.float32(0), np.float32(0))
+            else:
+                store(to + 32 * j, first)
+                store(to + 32 * j + 16, last)
+                for half in range(2):
+                    part = reduce_add(load(I32x4, quads + 32 * block + 16 * half))
+                    _factors(to, 2 * j + half, scale, np.float32(-32) * scale * np.float32(part))
+
+
+@njit(forceinline=True)
+def _factors(to, lane, product, extra):  # type: ignore[no-untyped-def]
+    store_f32(to + 256 + 4 * lane, product)
+    store_f32(to + 320 + 4 * lane, extra)

@@ -1,0 +1,424 @@
+"""Integer kernels for AVX512 with VNNI and VBMI: three templates for eight block types.
+
+Products of unsigned codes and int8 activations are summed in integers within a block, scaled in
+float32, and added to 16 lanes that are summed once per row. Activations come in the order in
+which a format's codes fall (`refimpl.engine.activations`):
+
+* *quads* (Q4_0, Q5_0, Q5_1, IQ4_NL): four blocks at a time; a vector holds the low nibbles (first
+  16 values) of four blocks, another the high ones, so that four lanes belong to each block;
+* *pairs* (Q8_0): two blocks, eight lanes each;
+* *super* (Q4_K, Q5_K, Q6_K, IQ4_XS): four vectors of 64 codes of one block of 256, whose 16 scales
+  are multiplied with the activations' 16 factors at once and then spread over the lanes. A
+  second set of factors adds what does not depend on the codes (minimum or offset).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import cfunc, njit, types
+from numba.extending import overload
+
+from refimpl.engine.formats import IQ4_VALUES, Format
+from refimpl.engine.simd import Simd
+from refimpl.engine.vec import (
+    F32x16,
+    I8x16,
+    I8x32,
+    I8x64,
+    I32x16,
+    bit_bytes,
+    bytes16,
+    convert,
+    fma,
+    join_i8x16,
+    join_i8x32,
+    literal,
+    load,
+    load_f16,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    prefetch,
+    reduce_add,
+    repeated_halves,
+    shift_left,
+    shift_right,
+    splat,
+    stack,
+    store_f32,
+    store_i8,
+    where_bits,
+    widen,
+    zeros,
+)
+from refimpl.engine.x86 import (
+    byte_permuter,
+    dot64,
+    first_half_floats,
+    insert_high16,
+    lane_permuter,
+    lookup64,
+)
+
+_SIGNATURE = types.void(*[types.int64] * 12)
+_OPTIONS = {"cache": True, "error_model": "numpy"}
+_AHEAD = 4096
+_INLINE = {"forceinline": True}
+_iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
+
+
+def kernel512(simd: Simd, fmt: Format, rows: int) -> Any:
+    """The compiled kernel of a block format for M = `rows`."""
+    if fmt.kind512 == "pairs":
+        return _pairs_kernel(simd, fmt, rows)
+    if fmt.kind512.startswith("quads"):
+        return _quads_kernel(simd, fmt, rows)
+    return _super_kernel(simd, fmt, rows)
+
+
+# ------------------------------------------------------------------ quads
+
+_Q4_CODES = [18 * b + 2 + i for b in range(4) for i in range(16)]
+# block 3's bytes 56..71 do not lie within the first 64: they are loaded on their own
+_permute_18 = byte_permuter([i if i < 64 else 0 for i in _Q4_CODES])
+_scales_18 = byte_permuter([18 * (i // 8) + i % 2 for i in range(32)] * 2)
+
+
+def quads(fmt: Any, w: int) -> Any:
+    """Codes of four blocks: low and high (I8x64), scales and minima (F32x16)."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+@njit(forceinline=True)
+def _quads_18(w):  # type: ignore[no-untyped-def]
+    """Four blocks of 18 bytes: nibbles and scales."""
+    bytes64 = load(I8x64, w)
+    packed = insert_high16(_permute_18(bytes64), w + 56)
+    d = first_half_floats(_scales_18(bytes64))
+    return packed & splat(I8x64, 15), shift_right(packed, 4), d
+
+
+@njit(forceinline=True)
+def _four_nibbles(w, stride):  # type: ignore[no-untyped-def]
+    """The nibbles of four 16-byte pieces."""
+    first = join_i8x16(load(I8x16, w), load(I8x16, w + stride))
+    last = join_i8x16(load(I8x16, w + 2 * stride), load(I8x16, w + 3 * stride))
+    packed = join_i8x32(first, last)
+    return packed & splat(I8x64, 15), shift_right(packed, 4)
+
+
+@njit(forceinline=True)
+def _four_masks(w, stride):  # type: ignore[no-untyped-def]
+    """16 bits of each of four blocks as one mask."""
+    low = load_u16(w) | load_u16(w + stride) << 16
+    high = load_u16(w + 2 * stride) | load_u16(w + 3 * stride) << 16
+    return types.int64(low) | types.int64(high) << 32
+
+
+@overload(quads, jit_options=_INLINE)
+def _quads(fmt, w):  # type: ignore[no-untyped-def]
+    name = fmt.parameter.name
+
+    def q4_0(fmt, w):  # type: ignore[no-untyped-def]
+        low, high, d = _quads_18(w)
+        return low, high, d, d
+
+    def iq4_nl(fmt, w):  # type: ignore[no-untyped-def]
+        low, high, d = _quads_18(w)
+        return lookup64(_iq4_unsigned(), low), lookup64(_iq4_unsigned(), high), d, d
+
+    def q5_0(fmt, w):  # type: ignore[no-untyped-def]
+        low, high = _four_nibbles(w + 6, 22)
+        low = low | bit_bytes(I8x64, _four_masks(w + 2, 22), 16)
+        high = high | bit_bytes(I8x64, _four_masks(w + 4, 22), 16)
+        d = repeated_halves(w, 22, 4)
+        return low, high, d, d
+
+    def q5_1(fmt, w):  # type: ignore[no-untyped-def]
+        low, high = _four_nibbles(w + 8, 24)
+        low = low | bit_bytes(I8x64, _four_masks(w + 4, 24), 16)
+        high = high | bit_bytes(I8x64, _four_masks(w + 6, 24), 16)
+        return low, high, repeated_halves(w, 24, 4), repeated_halves(w + 2, 24, 4)
+
+    return {"Q4_0": q4_0, "IQ4_NL": iq4_nl, "Q5_0": q5_0, "Q5_1": q5_1}.get(name)
+
+
+@njit(forceinline=True)
+def _add_quads(low, high, d, minima, has_minimum, x, acc):  # type: ignore[no-untyped-def]
+    """acc + the products of four blocks with 128 activations."""
+    if has_minimum:
+        dot = dot64(zeros(I32x16), low, load(I8x64, x))
+        acc = fma(minima, load(F32x16, x + 192), acc)
+    else:
+        dot = dot64(load(I32x16, x + 192), low, load(I8x64, x))
+    dot = dot64(dot, high, load(I8x64, x + 64))
+    return fma(convert(F32x16, dot), d * load(F32x16, x + 128), acc)
+
+
+@njit(forceinline=True)
+def _copied(tail, w, count, size):  # type: ignore[no-untyped-def]
+    """Copy `count` bytes and fill up to `size` with zeros."""
+    for i in range(count):
+        store_i8(tail + i, load_u8(w + i))
+    for i in range(count, size):
+        store_i8(tail + i, 0)
+    return tail
+
+
+def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
+    """Rows of any number of blocks; the last ones of a row are copied to where four can be read."""
+    step = 4 * fmt.block_bytes
+    block_bytes = fmt.block_bytes
+    has_minimum = fmt.kind512 == "quads_min"
+
+    @cfunc(_SIGNATURE, **_OPTIONS)
+    def quads_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+        simd  # noqa: B018  # part of the cache key
+        tail = stack(128)
+        whole, rest = columns // 128, columns % 128 // 32
+        steps = whole + (rest > 0)
+        for r in range(rows):
+            at = w + r * row_bytes
+            a0 = a1 = a2 = a3 = zeros(F32x16)
+            for i in range(steps):
+                prefetch(at + _AHEAD)
+                if i == whole:
+                    at = _copied(tail, at, rest * block_bytes, step)
+                low, high, d, minima = quads(fmt, at)
+                at += step
+                x = i * 256
+                a0 = _add_quads(low, high, d, minima, has_minimum, x0 + x, a0)
+                if count > 1:
+                    a1 = _add_quads(low, high, d, minima, has_minimum, x1 + x, a1)
+                if count > 2:
+                    a2 = _add_quads(low, high, d, minima, has_minimum, x2 + x, a2)
+                    a3 = _add_quads(low, high, d, minima, has_minimum, x3 + x, a3)
+            store_f32(y0 + 4 * r, reduce_add(a0))
+            if count > 1:
+                store_f32(y1 + 4 * r, reduce_add(a1))
+            if count > 2:
+                store_f32(y2 + 4 * r, reduce_add(a2))
+                store_f32(y3 + 4 * r, reduce_add(a3))
+
+    return quads_rows
+
+
+# ------------------------------------------------------------------ pairs
+
+
+@njit(forceinline=True)
+def _add_pair(codes, d, x, acc):  # type: ignore[no-untyped-def]
+    """acc + the products of two blocks with 64 activations."""
+    dot = dot64(load(I32x16, x + 128), codes, load(I8x64, x))
+    return fma(convert(F32x16, dot), d * load(F32x16, x + 64), acc)
+
+
+def _pairs_kernel(simd: Simd, fmt: Format, count: int) -> Any:
+    """Q8_0; signed codes become unsigned by flipping their highest bit, which adds 128."""
+
+    @cfunc(_SIGNATURE, **_OPTIONS)
+    def pairs_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+        simd, fmt  # noqa: B018  # part of the cache key
+        tail = stack(128)
+        whole, rest = columns // 64, columns % 64 // 32
+        for r in range(rows):
+            at = w + r * row_bytes
+            a0 = a1 = a2 = a3 = zeros(F32x16)
+            for i in range(whole + rest):
+                prefetch(at + _AHEAD)
+                if i == whole:
+                    at = _copied(tail, at, 34, 68)
+                both = join_i8x32(load(I8x32, at + 2), load(I8x32, at + 36))
+                codes = both ^ splat(I8x64, -128)
+                d = repeated_halves(at, 34, 2)
+                at += 68
+                x = i * 192
+                a0 = _add_pair(codes, d, x0 + x, a0)
+                if count > 1:
+                    a1 = _add_pair(codes, d, x1 + x, a1)
+                if count > 2:
+                    a2 = _add_pair(codes, d, x2 + x, a2)
+                    a3 = _add_pair(codes, d, x3 + x, a3)
+            store_f32(y0 + 4 * r, reduce_add(a0))
+            if count > 1:
+                store_f32(y1 + 4 * r, reduce_add(a1))
+            if count > 2:
+                store_f32(y2 + 4 * r, reduce_add(a2))
+                store_f32(y3 + 4 * r, reduce_add(a3))
+
+    return pairs_rows
+
+
+# ------------------------------------------------------------------ super-blocks
+
+# How the 16 scales fall on the 16 lanes of each of the four vectors of codes.
+_min_0 = lane_permuter([0] * 8 + [2] * 8)
+_min_1 = lane_permuter([1] * 8 + [3] * 8)
+_min_2 = lane_permuter([4] * 8 + [6] * 8)
+_min_3 = lane_permuter([5] * 8 + [7] * 8)
+_quarter_0 = lane_permuter([i // 4 for i in range(16)])
+_quarter_1 = lane_permuter([4 + i // 4 for i in range(16)])
+_quarter_2 = lane_permuter([8 + i // 4 for i in range(16)])
+_quarter_3 = lane_permuter([12 + i // 4 for i in range(16)])
+
+
+def super_codes(fmt: Any, w: int) -> Any:
+    """A block's codes (four I8x64) and its 16 scales (F32x16)."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def spread(fmt: Any, scales: Any) -> Any:
+    """The scales on the lanes of the four vectors of codes."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+@overload(spread, jit_options=_INLINE)
+def _spread(fmt, scales):  # type: ignore[no-untyped-def]
+    def with_minimum(fmt, scales):  # type: ignore[no-untyped-def]
+        return _min_0(scales), _min_1(scales), _min_2(scales), _min_3(scales)
+
+    def halves(fmt, scales):  # type: ignore[no-untyped-def]
+        first, last = _quarter_0(scales), _quarter_1(scales)
+        return first, first, last, last
+
+    def quarters(fmt, scales):  # type: ignore[no-untyped-def]
+        return _quarter_0(scales), _quarter_1(scales), _quarter_2(scales), _quarter_3(scales)
+
+    kinds = {"super_min": with_minimum, "super_halves": halves, "super": quarters}
+    return kinds[fmt.parameter.kind512]
+
+
+@njit(forceinline=True)
+def _k_scales(block):  # type: ignore[no-untyped-def]
+    """d times the eight scales, then dmin times the eight minima, of a Q4_K or Q5_K block."""
+    a, b, c = load_u32(block + 4), load_u32(block + 8), load_u32(block + 12)
+    top_a, top_b = (a >> 6) & 0x03030303, (b >> 6) & 0x03030303
+    scales = (a & 0x3F3F3F3F) | ((c & 0x0F0F0F0F) | top_a << 4) << 32
+    minima = (b & 0x3F3F3F3F) | (((c >> 4) & 0x0F0F0F0F) | top_b << 4) << 32
+    lanes = widen(I32x16, bytes16(scales, minima))
+    return convert(F32x16, lanes) * repeated_halves(block, 2, 2)
+
+
+@njit(forceinline=True)
+def _nibbles64(at):  # type: ignore[no-untyped-def]
+    packed = load(I8x64, at)
+    return packed & splat(I8x64, 15), shift_right(packed, 4)
+
+
+@njit(forceinline=True)
+def _two_bits(low, high, top):  # type: ignore[no-untyped-def]
+    """64 + 64 codes of Q6_K: nibbles and the 32 bytes that hold their two high bits."""
+    bits, three = join_i8x32(top, shift_right(top, 2)), splat(I8x64, 3)
+    low = low | shift_left(bits & three, 4)
+    return low, high | shift_left(shift_right(bits, 4) & three, 4)
+
+
+_bits_0_2 = literal(I8x64, [1] * 32 + [4] * 32)
+_bits_1_3 = literal(I8x64, [2] * 32 + [8] * 32)
+_bits_4_6 = literal(I8x64, [16] * 32 + [64] * 32)
+_bits_5_7 = literal(I8x64, [32] * 32 + [128] * 32)
+
+
+@overload(super_codes, jit_options=_INLINE)
+def _super_codes(fmt, w):  # type: ignore[no-untyped-def]
+    def q4_k(fmt, w):  # type: ignore[no-untyped-def]
+        low0, high0 = _nibbles64(w + 16)
+        low1, high1 = _nibbles64(w + 80)
+        return low0, high0, low1, high1, _k_scales(w)
+
+    def q5_k(fmt, w):  # type: ignore[no-untyped-def]
+        low0, high0 = _nibbles64(w + 48)
+        low1, high1 = _nibbles64(w + 112)
+        top, value = load(I8x32, w + 16), splat(I8x64, 16)
+        top = join_i8x32(top, top)
+        low0 = low0 | where_bits(top, _bits_0_2(), value)
+        high0 = high0 | where_bits(top, _bits_1_3(), value)
+        low1 = low1 | where_bits(top, _bits_4_6(), value)
+        high1 = high1 | where_bits(top, _bits_5_7(), value)
+        return low0, high0, low1, high1, _k_scales(w)
+
+    def q6_k(fmt, w):  # type: ignore[no-untyped-def]
+        low0, high0 = _nibbles64(w)
+        low1, high1 = _nibbles64(w + 64)
+        low0, high0 = _two_bits(low0, high0, load(I8x32, w + 128))
+        low1, high1 = _two_bits(low1, high1, load(I8x32, w + 160))
+        lanes = convert(I32x16, load(I8x16, w + 192))
+        return low0, high0, low1, high1, convert(F32x16, lanes) * splat(F32x16, load_f16(w + 208))
+
+    def iq4_xs(fmt, w):  # type: ignore[no-untyped-def]
+        low0, high0 = _nibbles64(w + 8)
+        low1, high1 = _nibbles64(w + 72)
+        table = _iq4_unsigned()
+        return (
+            lookup64(table, low0),
+            lookup64(table, high0),
+            lookup64(table, low1),
+            lookup64(table, high1),
+            _iq4_xs_scales(w),
+        )
+
+    return {"Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs}.get(fmt.parameter.name)
+
+
+@njit(forceinline=True)
+def _iq4_xs_scales(w):  # type: ignore[no-untyped-def]
+    """The eight scales, twice: four low bits from one place and two high bits from another, each
+    spread to one byte a scale."""
+    low = load_u32(w + 4)
+    low = (low | low << 16) & 0x0000FFFF0000FFFF
+    low = (low | low << 8) & 0x00FF00FF00FF00FF
+    low = (low | low << 4) & 0x0F0F0F0F0F0F0F0F
+    high = types.int64(load_u16(w + 2))
+    high = (high | high << 24) & 0x000000FF000000FF
+    high = (high | high << 12) & 0x000F000F000F000F
+    high = (high | high << 6) & 0x0303030303030303
+    both = types.int64(low) | high << 4
+    lanes = widen(I32x16, bytes16(both, both)) - splat(I32x16, 32)
+    return convert(F32x16, lanes) * splat(F32x16, load_f16(w))
+
+
+@njit(forceinline=True)
+def _add_super(fmt, c0, c1, c2, c3, scales, x, acc):  # type: ignore[no-untyped-def]
+    """acc + the products of one block with 256 activations."""
+    acc = fma(scales, load(F32x16, x + 320), acc)
+    f0, f1, f2, f3 = spread(fmt, scales * load(F32x16, x + 256))
+    none = zeros(I32x16)
+    acc = fma(convert(F32x16, dot64(none, c0, load(I8x64, x))), f0, acc)
+    acc = fma(convert(F32x16, dot64(none, c1, load(I8x64, x + 64))), f1, acc)
+    acc = fma(convert(F32x16, dot64(none, c2, load(I8x64, x + 128))), f2, acc)
+    return fma(convert(F32x16, dot64(none, c3, load(I8x64, x + 192))), f3, acc)
+
+
+def _super_kernel(simd: Simd, fmt: Format, count: int) -> Any:
+    """Q4_K, Q5_K, Q6_K, IQ4_XS."""
+    step = fmt.block_bytes
+
+    @cfunc(_SIGNATURE, **_OPTIONS)
+    def super_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+        simd  # noqa: B018  # part of the cache key
+        blocks = columns // 256
+        for r in range(rows):
+            at = w + r * row_bytes
+            a0 = a1 = a2 = a3 = zeros(F32x16)
+            for i in range(blocks):
+                for line in range(0, step, 64):
+                    prefetch(at + _AHEAD + line)
+                c0, c1, c2, c3, scales = super_codes(fmt, at)
+                at += step
+                x = i * 384
+                a0 = _add_super(fmt, c0, c1, c2, c3, scales, x0 + x, a0)
+                if count > 1:
+                    a1 = _add_super(fmt, c0, c1, c2, c3, scales, x1 + x, a1)
+                if count > 2:
+                    a2 = _add_super(fmt, c0, c1, c2, c3, scales, x2 + x, a2)
+                    a3 = _add_super(fmt, c0, c1, c2, c3, scales, x3 + x, a3)
+            store_f32(y0 + 4 * r, reduce_add(a0))
+            if count > 1:
+                store_f32(y1 + 4 * r, reduce_add(a1))
+            if count > 2:
+                store_f32(y2 + 4 * r, reduce_add(a2))
+                store_f32(y3 + 4 * r, reduce_add(a3))
+
+    return super_rows

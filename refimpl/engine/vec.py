@@ -1,0 +1,565 @@
+"""Vectors as Numba values, and the memory operations that kernels need.
+
+A `VecType` is a Numba type over an LLVM vector such as <16 x float>; `load(F32x16, address)`
+reads one from an integer address, the usual operators work lane by lane, and everything else is
+a small intrinsic below. LLVM splits vectors that are wider than the machine's, so code written
+with these types alone runs anywhere Numba runs. What only x86 has is in `refimpl.engine.x86`.
+
+Nothing here is checked: an address outside its buffer is read or written as it stands.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import (
+    intrinsic,
+    lower_builtin,
+    models,
+    register_model,
+    type_callable,
+)
+
+_LLVM = {
+    "i8": ir.IntType(8),
+    "i16": ir.IntType(16),
+    "i32": ir.IntType(32),
+    "i64": ir.IntType(64),
+    "f16": ir.HalfType(),
+    "f32": ir.FloatType(),
+}
+_SCALAR = {
+    "i8": types.int8,
+    "i16": types.int16,
+    "i32": types.int32,
+    "i64": types.int64,
+    "f32": types.float32,
+}
+
+
+class VecType(types.Type):
+    """`count` lanes of `element` ('i8', 'i16', 'i32', 'i64', 'f16' or 'f32')."""
+
+    def __init__(self, element: str, count: int) -> None:
+        self.element, self.count = element, count
+        super().__init__(name=f"{element}x{count}")
+
+    @property
+    def llvm(self) -> ir.VectorType:
+        """The LLVM type."""
+        return ir.VectorType(_LLVM[self.element], self.count)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the lanes are floating-point numbers."""
+        return self.element[0] == "f"
+
+
+@register_model(VecType)
+class _VecModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: VecType) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+I8x16, I8x32, I8x64 = VecType("i8", 16), VecType("i8", 32), VecType("i8", 64)
+I16x8, I16x16, I16x32 = VecType("i16", 8), VecType("i16", 16), VecType("i16", 32)
+I32x4, I32x8, I32x16 = VecType("i32", 4), VecType("i32", 8), VecType("i32", 16)
+F16x16 = VecType("f16", 16)
+F32x4, F32x8, F32x16 = VecType("f32", 4), VecType("f32", 8), VecType("f32", 16)
+
+
+def pointer(builder: Any, address: Any, llvm_type: Any) -> Any:
+    """An integer address as a pointer to `llvm_type`."""
+    return builder.inttoptr(address, llvm_type.as_pointer())
+
+
+def constant(llvm_type: Any, values: list[int] | list[float]) -> Any:
+    """A constant vector."""
+    return ir.Constant(llvm_type, [ir.Constant(llvm_type.element, v) for v in values])
+
+
+def splatted(builder: Any, scalar: Any, llvm_type: Any) -> Any:
+    """A vector whose lanes all hold `scalar`."""
+    first = builder.insert_element(
+        ir.Constant(llvm_type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+    )
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), llvm_type.count), [0] * llvm_type.count)
+    return builder.shuffle_vector(first, ir.Constant(llvm_type, ir.Undefined), mask)
+
+
+def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+    """Call an LLVM intrinsic by its full name."""
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(result, [a.type for a in args]), name
+    )
+    return builder.call(function, args)
+
+
+def _suffix(t: VecType) -> str:
+    return f"v{t.count}{t.element}"
+
+
+# ------------------------------------------------------------------ memory
+
+
+@intrinsic
+def load(typingctx, kind, address):  # type: ignore[no-untyped-def]
+    """The vector of type `kind` at `address`; any alignment."""
+    vector = kind.instance_type
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(pointer(builder, args[1], vector.llvm), align=1)
+
+    return vector(kind, types.int64), emit
+
+
+@intrinsic
+def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write a vector to `address`; any alignment."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], pointer(builder, args[0], args[1].type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), emit
+
+
+def _scalar_load(numba_type: Any, llvm_type: Any, doc: str) -> Any:
+    def typed(typingctx, address):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.load(pointer(builder, args[0], llvm_type), align=1)
+
+        return numba_type(types.int64), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+def _scalar_store(numba_type: Any, llvm_type: Any, doc: str) -> Any:
+    def typed(typingctx, address, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            builder.store(args[1], pointer(builder, args[0], llvm_type), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, numba_type), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+load_i8 = _scalar_load(types.int8, ir.IntType(8), "The signed byte at an address.")
+load_u8 = _scalar_load(types.uint8, ir.IntType(8), "The byte at an address.")
+load_u16 = _scalar_load(types.uint16, ir.IntType(16), "The 16-bit integer at an address.")
+load_u32 = _scalar_load(types.uint32, ir.IntType(32), "The 32-bit integer at an address.")
+load_i32 = _scalar_load(types.int32, ir.IntType(32), "The signed 32-bit integer at an address.")
+load_i64 = _scalar_load(types.int64, ir.IntType(64), "The 64-bit integer at an address.")
+load_f32 = _scalar_load(types.float32, ir.FloatType(), "The float32 at an address.")
+store_i8 = _scalar_store(types.int8, ir.IntType(8), "Write a byte.")
+store_i32 = _scalar_store(types.int32, ir.IntType(32), "Write a 32-bit integer.")
+store_i64 = _scalar_store(types.int64, ir.IntType(64), "Write a 64-bit integer.")
+store_f32 = _scalar_store(types.float32, ir.FloatType(), "Write a float32.")
+
+
+@intrinsic
+def load_f16(typingctx, address):  # type: ignore[no-untyped-def]
+    """The float16 at an address, as float32."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        half = builder.load(pointer(builder, args[0], ir.HalfType()), align=1)
+        return builder.fpext(half, ir.FloatType())
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
+def store_f16(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Write a float32 as the nearest float16."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        half = builder.fptrunc(args[1], ir.HalfType())
+        builder.store(half, pointer(builder, args[0], ir.HalfType()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), emit
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at `address`; any address is allowed."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # read, keep in all cache levels, data
+        hints = [ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]
+        builder.call(function, [pointer(builder, args[0], ir.IntType(8)), *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def stack(typingctx, size):  # type: ignore[no-untyped-def]
+    """Address of `size` (a literal) bytes on the stack, 64-byte aligned, until the kernel ends."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    count = size.literal_value
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        with builder.goto_entry_block():
+            slot = builder.alloca(ir.ArrayType(ir.IntType(8), count))
+        slot.align = 64
+        return builder.ptrtoint(slot, ir.IntType(64))
+
+    return types.int64(size), emit
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def _binary(op: Any, integer: str, floating: str | None) -> None:
+    @type_callable(op)
+    def typed(context: Any) -> Callable[[Any, Any], Any]:
+        def typer(a: Any, b: Any) -> Any:
+            same = isinstance(a, VecType) and a == b
+            return a if same and (floating or not a.is_float) else None
+
+        return typer
+
+    @lower_builtin(op, VecType, VecType)
+    def lower(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name = floating if signature.return_type.is_float else integer
+        return getattr(builder, str(name))(*args)
+
+
+for _op, _integer, _floating in (
+    (operator.add, "add", "fadd"),
+    (operator.sub, "sub", "fsub"),
+    (operator.mul, "mul", "fmul"),
+    (operator.truediv, "sdiv", "fdiv"),
+    (operator.and_, "and_", None),
+    (operator.or_, "or_", None),
+    (operator.xor, "xor", None),
+):
+    _binary(_op, _integer, _floating)
+
+
+@intrinsic
+def splat(typingctx, kind, scalar):  # type: ignore[no-untyped-def]
+    """A vector of type `kind` whose lanes all hold `scalar`."""
+    vector = kind.instance_type
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return splatted(builder, args[1], vector.llvm)
+
+    return vector(kind, _SCALAR[vector.element]), emit
+
+
+@intrinsic
+def zeros(typingctx, kind):  # type: ignore[no-untyped-def]
+    """A vector of zeros."""
+    vector = kind.instance_type
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(vector.llvm, None)
+
+    return vector(kind), emit
+
+
+def _shift(name: str, doc: str) -> Any:
+    def typed(typingctx, value, bits):  # type: ignore[no-untyped-def]
+        if not isinstance(bits, types.IntegerLiteral):
+            return None
+
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            amount = constant(value.llvm, [bits.literal_value] * value.count)
+            return getattr(builder, name)(args[0], amount)
+
+        return value(value, bits), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+shift_left = _shift("shl", "Lanes shifted left by a literal number of bits.")
+shift_right = _shift("lshr", "Lanes shifted right by a literal number of bits, zeros coming in.")
+
+
+def _conversion(chosen: Callable[[VecType, VecType], str], doc: str) -> Any:
+    def typed(typingctx, kind, value):  # type: ignore[no-untyped-def]
+        target = kind.instance_type
+
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return getattr(builder, chosen(value, target))(args[1], target.llvm)
+
+        return target(kind, value), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+def _signed(source: VecType, target: VecType) -> str:
+    if source.is_float and target.is_float:
+        return "fpext" if target.element == "f32" else "fptrunc"
+    if source.is_float:
+        return "fptosi"
+    if target.is_float:
+        return "sitofp"
+    return "sext" if _LLVM[target.element].width > _LLVM[source.element].width else "trunc"
+
+
+def _unsigned(source: VecType, target: VecType) -> str:
+    return "uitofp" if target.is_float else "zext"
+
+
+convert = _conversion(_signed, "Lane values in another type; integers are signed.")
+widen = _conversion(_unsigned, "Lane values in a wider type; integers are unsigned.")
+reinterpret = _conversion(lambda a, b: "bitcast", "The same bits as another type of equal size.")
+
+
+@intrinsic
+def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c, rounded once."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call(builder, f"llvm.fma.{_suffix(a)}", a.llvm, list(args))
+
+    return (a(a, a, a), emit) if a == b == c and a.is_float else None
+
+
+@intrinsic
+def fma_scalar(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c of float32 scalars, rounded once."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call(builder, "llvm.fma.f32", ir.FloatType(), list(args))
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+def _unary_float(name: str, doc: str) -> Any:
+    def typed(typingctx, a):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return call(builder, f"llvm.{name}.{_suffix(a)}", a.llvm, list(args))
+
+        return a(a), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+vabs = _unary_float("fabs", "Absolute values.")
+vround = _unary_float("rint", "Nearest integers, ties to even.")
+
+
+def _chosen(comparison: str, doc: str) -> Any:
+    def typed(typingctx, a, b):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            picked = builder.fcmp_ordered(comparison, args[0], args[1])
+            return builder.select(picked, args[0], args[1])
+
+        return (a(a, a), emit) if a == b and a.is_float else None
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+vmax = _chosen(">", "The larger of a and b, lane by lane; b where either is not a number.")
+vmin = _chosen("<", "The smaller of a and b, lane by lane; b where either is not a number.")
+
+
+@intrinsic
+def where_less(typingctx, lanes, bound, a, b):  # type: ignore[no-untyped-def]
+    """Lanes of a where `lanes` < `bound` (signed integers), else of b."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.select(builder.icmp_signed("<", args[0], args[1]), args[2], args[3])
+
+    return (a(lanes, lanes, a, a), emit) if lanes == bound and a == b else None
+
+
+@intrinsic
+def lane_numbers(typingctx, kind):  # type: ignore[no-untyped-def]
+    """0, 1, 2, ... as an integer vector."""
+    vector = kind.instance_type
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return constant(vector.llvm, list(range(vector.count)))
+
+    return vector(kind), emit
+
+
+def _reduction(integer: Callable[..., Any], floating: Callable[..., Any], doc: str) -> Any:
+    """Halve the vector until one lane is left: a fixed tree."""
+
+    def typed(typingctx, value):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            combine = floating if value.is_float else integer
+            vector, width = args[0], value.count
+            while width > 1:
+                width //= 2
+                half = ir.VectorType(ir.IntType(32), width)
+                low = builder.shuffle_vector(vector, vector, constant(half, list(range(width))))
+                high = builder.shuffle_vector(
+                    vector, vector, constant(half, list(range(width, 2 * width)))
+                )
+                vector = combine(builder, low, high)
+            return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+        return _SCALAR[value.element](value), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _larger_integer(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+
+reduce_add = _reduction(
+    lambda builder, a, b: builder.add(a, b),
+    lambda builder, a, b: builder.fadd(a, b),
+    "The sum of all lanes, always in the same order.",
+)
+reduce_max = _reduction(_larger_integer, _larger, "The largest lane.")
+
+
+# ------------------------------------------------------------------ building vectors
+
+
+def shuffler(kind: VecType, indices: list[int]) -> Any:
+    """An intrinsic (a, b) -> lanes of a (0..n-1) and b (n..2n-1) in the order of `indices`."""
+
+    def typed(typingctx, a, b):  # type: ignore[no-untyped-def]
+        result = VecType(kind.element, len(indices))
+
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            mask = constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
+            return builder.shuffle_vector(args[0], args[1], mask)
+
+        return (result(kind, kind), emit) if a == b == kind else None
+
+    return intrinsic(typed)
+
+
+join_i8x16 = shuffler(I8x16, list(range(32)))
+join_i8x32 = shuffler(I8x32, list(range(64)))
+join_f32x4 = shuffler(F32x4, list(range(8)))
+join_f32x8 = shuffler(F32x8, list(range(16)))
+
+
+def literal(kind: VecType, values: list[int]) -> Any:
+    """An intrinsic () -> a constant vector."""
+
+    def typed(typingctx):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return constant(kind.llvm, values)
+
+        return kind(), emit
+
+    return intrinsic(typed)
+
+
+@intrinsic
+def bit_bytes(typingctx, kind, bits, value):  # type: ignore[no-untyped-def]
+    """A byte vector: the literal `value` in lane i where bit i of `bits` is set, else 0."""
+    if not isinstance(value, types.IntegerLiteral):
+        return None
+    vector = kind.instance_type
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        low = builder.trunc(args[1], ir.IntType(vector.count)) if vector.count < 64 else args[1]
+        chosen = builder.bitcast(low, ir.VectorType(ir.IntType(1), vector.count))
+        byte = constant(vector.llvm, [value.literal_value] * vector.count)
+        return builder.select(chosen, byte, ir.Constant(vector.llvm, None))
+
+    return vector(kind, types.int64, value), emit
+
+
+@intrinsic
+def shift_right_by(typingctx, value, bits):  # type: ignore[no-untyped-def]
+    """Lanes shifted right by `bits`, zeros coming in."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        amount = builder.trunc(args[1], value.llvm.element)
+        return builder.lshr(args[0], splatted(builder, amount, value.llvm))
+
+    return value(value, types.int64), emit
+
+
+@intrinsic
+def where_bits(typingctx, value, bits, chosen):  # type: ignore[no-untyped-def]
+    """`chosen` in the lanes where `value` has any of `bits`, else 0."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        none = ir.Constant(value.llvm, None)
+        found = builder.icmp_unsigned("!=", builder.and_(args[0], args[1]), none)
+        return builder.select(found, args[2], none)
+
+    return (value(value, value, value), emit) if value == bits == chosen else None
+
+
+@intrinsic
+def bytes16(typingctx, low, high):  # type: ignore[no-untyped-def]
+    """The bytes of two 64-bit integers, lowest first."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        both = ir.Constant(ir.VectorType(ir.IntType(64), 2), ir.Undefined)
+        for i in range(2):
+            both = builder.insert_element(both, args[i], ir.Constant(ir.IntType(32), i))
+        return builder.bitcast(both, I8x16.llvm)
+
+    return I8x16(types.int64, types.int64), emit
+
+
+@intrinsic
+def repeated_halves(typingctx, address, stride, count):  # type: ignore[no-untyped-def]
+    """`count` float16 at `address`, `stride` bytes apart (both literal), each repeated over
+    16 / count lanes, in float32."""
+    if not (isinstance(stride, types.IntegerLiteral) and isinstance(count, types.IntegerLiteral)):
+        return None
+    step, n = stride.literal_value, count.literal_value
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        halves = ir.Constant(ir.VectorType(ir.HalfType(), n), ir.Undefined)
+        for i in range(n):
+            at = builder.add(args[0], ir.Constant(ir.IntType(64), i * step))
+            value = builder.load(pointer(builder, at, ir.HalfType()), align=1)
+            halves = builder.insert_element(halves, value, ir.Constant(ir.IntType(32), i))
+        mask = constant(ir.VectorType(ir.IntType(32), 16), [i * n // 16 for i in range(16)])
+        return builder.fpext(builder.shuffle_vector(halves, halves, mask), F32x16.llvm)
+
+    return F32x16(types.int64, stride, count), emit
+
+
+def table_lookup(values: tuple[int, ...]) -> Any:
+    """An intrinsic codes (I8x16, 0..15) -> `values` of the codes, without machine instructions."""
+
+    def typed(typingctx, codes):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = ir.ArrayType(ir.IntType(8), 16)
+            table = cgutils.global_constant(
+                builder, "table16", ir.Constant(kind, [v & 0xFF for v in values])
+            )
+            result = ir.Constant(I8x16.llvm, ir.Undefined)
+            zero = ir.Constant(ir.IntType(32), 0)
+            for i in range(16):
+                lane = ir.Constant(ir.IntType(32), i)
+                code = builder.zext(builder.extract_element(args[0], lane), ir.IntType(32))
+                value = builder.load(builder.gep(table, [zero, code]))
+                result = builder.insert_element(result, value, lane)
+            return result
+
+        return (I8x16(I8x16), emit) if codes == I8x16 else None
+
+    return intrinsic(typed)

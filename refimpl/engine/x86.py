@@ -1,0 +1,167 @@
+"""Vector operations that only x86 has: byte permutes and sums of byte products.
+
+LLVM's names are those of its own intrinsics; `vpdpbusd` takes bytes as byte vectors since
+LLVM 22 and as 32-bit lanes before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+from refimpl.engine.vec import (
+    F32x16,
+    I8x16,
+    I8x32,
+    I8x64,
+    I16x16,
+    I32x8,
+    I32x16,
+    VecType,
+    call,
+    constant,
+    pointer,
+)
+
+_DOT_TAKES_BYTES = binding.llvm_version_info[0] >= 22
+
+
+def _x86(name: str, result: VecType, *arguments: VecType, doc: str) -> Any:
+    """An intrinsic for an LLVM intrinsic of fixed types."""
+    if len(arguments) == 1:
+
+        def one(typingctx, a):  # type: ignore[no-untyped-def]
+            return (result(*arguments), _emit(name, result)) if (a,) == arguments else None
+
+        one.__doc__ = doc
+        return intrinsic(one)
+
+    def two(typingctx, a, b):  # type: ignore[no-untyped-def]
+        return (result(*arguments), _emit(name, result)) if (a, b) == arguments else None
+
+    two.__doc__ = doc
+    return intrinsic(two)
+
+
+def _emit(name: str, result: VecType) -> Any:
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call(builder, name, result.llvm, list(args))
+
+    return emit
+
+
+sign_bytes = _x86(
+    "llvm.x86.avx2.psign.b", I8x32, I8x32, I8x32, doc="a with the sign of b; 0 where b is 0."
+)
+
+
+def byte_permuter(indices: list[int]) -> Any:
+    """An intrinsic a -> bytes of a (64) in the order of `indices` (VBMI)."""
+
+    def typed(typingctx, a):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            table = constant(I8x64.llvm, indices)
+            return call(builder, "llvm.x86.avx512.permvar.qi.512", I8x64.llvm, [args[0], table])
+
+        return (I8x64(I8x64), emit) if a == I8x64 else None
+
+    return intrinsic(typed)
+
+
+def lane_permuter(indices: list[int]) -> Any:
+    """An intrinsic a -> float lanes of a (16) in the order of `indices`."""
+
+    def typed(typingctx, a):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            mask = constant(I32x16.llvm, indices)
+            return builder.shuffle_vector(args[0], args[0], mask)
+
+        return (F32x16(F32x16), emit) if a == F32x16 else None
+
+    return intrinsic(typed)
+
+
+def _lookup(kind: VecType, name: str, doc: str) -> Any:
+    """Table lookup by the low four bits of each byte, table in every 16 bytes of a constant."""
+
+    def typed(typingctx, table, codes):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return call(builder, name, kind.llvm, list(args))
+
+        return (kind(kind, kind), emit) if table == codes == kind else None
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+_TABLE_DOC = "Bytes of `table` picked by `codes` (0..15), within each 16 bytes."
+lookup16 = _lookup(I8x16, "llvm.x86.ssse3.pshuf.b.128", _TABLE_DOC)
+lookup64 = _lookup(I8x64, "llvm.x86.avx512.pshuf.b.512", _TABLE_DOC)
+
+
+@intrinsic
+def dot64(typingctx, acc, unsigned, signed):  # type: ignore[no-untyped-def]
+    """acc + sums of four products of unsigned and signed bytes, 16 lanes (AVX512-VNNI)."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16, list(args))
+
+    return I32x16(I32x16, I8x64, I8x64), emit
+
+
+@intrinsic
+def dot32(typingctx, simd, acc, unsigned, signed):  # type: ignore[no-untyped-def]
+    """acc + sums of four products of unsigned and signed bytes, 8 lanes.
+
+    Without VNNI the products are first summed in pairs, in 16 bits: exact as long as the
+    unsigned bytes are at most 128.
+    """
+    kind = simd.parameter.dot
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if kind:
+            # The same intrinsic serves AVX512-VNNI and AVX-VNNI; LLVM picks the encoding.
+            return _dot(builder, "llvm.x86.avx512.vpdpbusd.256", I32x8, list(args[1:]))
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", I16x16.llvm, list(args[2:]))
+        ones = constant(I16x16.llvm, [1] * 16)
+        fours = call(builder, "llvm.x86.avx2.pmadd.wd", I32x8.llvm, [pairs, ones])
+        return builder.add(args[1], fours)
+
+    return I32x8(simd, I32x8, I8x32, I8x32), emit
+
+
+def _dot(builder: Any, name: str, kind: VecType, args: list[Any]) -> Any:
+    if not _DOT_TAKES_BYTES:
+        args = [args[0], builder.bitcast(args[1], kind.llvm), builder.bitcast(args[2], kind.llvm)]
+    return call(builder, name, kind.llvm, args)
+
+
+@intrinsic
+def insert_high16(typingctx, value, address):  # type: ignore[no-untyped-def]
+    """`value` with its last 16 bytes replaced by those at `address`."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        short = builder.load(pointer(builder, args[1], I8x16.llvm), align=1)
+        index = ir.VectorType(ir.IntType(32), 64)
+        widened = builder.shuffle_vector(short, short, constant(index, [i % 16 for i in range(64)]))
+        mask = constant(index, [*range(48), *range(112, 128)])
+        return builder.shuffle_vector(args[0], widened, mask)
+
+    return (I8x64(I8x64, types.int64), emit) if value == I8x64 else None
+
+
+@intrinsic
+def first_half_floats(typingctx, value):  # type: ignore[no-untyped-def]
+    """The first 32 bytes, read as 16 float16, in float32."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        halves = builder.bitcast(args[0], ir.VectorType(ir.HalfType(), 32))
+        low = builder.shuffle_vector(
+            halves, halves, constant(ir.VectorType(ir.IntType(32), 16), list(range(16)))
+        )
+        return builder.fpext(low, F32x16.llvm)
+
+    return (F32x16(I8x64), emit) if value == I8x64 else None
