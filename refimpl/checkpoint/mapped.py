@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,10 @@ def map_file(path: Path) -> Bytes:
         CheckpointError: missing, empty, not a regular file, or not readable.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # asked first: opening a pipe would wait
+            raise CheckpointError(f"{path}: not a regular file")
         with open(path, "rb") as file:
-            info = _stat(file)
-            if not stat.S_ISREG(info.st_mode):
-                raise CheckpointError(f"{path}: not a regular file")
-            if info.st_size == 0:
+            if os.fstat(file.fileno()).st_size == 0:
                 raise CheckpointError(f"{path}: the file is empty")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
@@ -34,9 +33,3 @@ def map_file(path: Path) -> Bytes:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     return np.frombuffer(mapped, dtype=np.uint8)
-
-
-def _stat(file: Any) -> Any:
-    import os
-
-    return os.fstat(file.fileno())

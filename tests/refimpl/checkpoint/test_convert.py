@@ -117,7 +117,9 @@ def test_rows_that_do_not_fill_blocks_become_f16(tmp_path, micro):
 
 def test_progress_ends_at_the_whole(made, tmp_path):
     seen = []
-    convert(made("micro", "hf-f32"), tmp_path / "m.gguf", "q8_0", progress=lambda *p: seen.append(p))
+    convert(
+        made("micro", "hf-f32"), tmp_path / "m.gguf", "q8_0", progress=lambda *p: seen.append(p)
+    )
     done = [d for d, _ in seen]
     assert done == sorted(done) and seen[-1][0] == seen[-1][1] == {t for _, t in seen}.pop()
 
@@ -161,7 +163,7 @@ def test_values_that_are_not_finite_cannot_be_quantised(tmp_path, micro):
             yield np.full_like(chunk, np.nan) if spec.key == "v_proj" else chunk
 
     write_hf(micro, chunks, tmp_path / "m", "f32")
-    with pytest.raises(CheckpointError, match="v_proj.*not finite"):
+    with pytest.raises(CheckpointError, match=r"v_proj.*not finite"):
         convert(tmp_path / "m", tmp_path / "m.gguf", "q8_0")
 
 

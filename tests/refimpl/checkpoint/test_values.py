@@ -115,11 +115,11 @@ def test_questions_that_make_no_sense_are_refused(made):
     source = open_checkpoint(made("tiny_a", "q8_0"))
     with pytest.raises(InputError, match="no tensor 'router' in layer 0"):
         source.matrix("router", 0, np.float32)
-    with pytest.raises(InputError, match="expert 16 .* has 16"):
+    with pytest.raises(InputError, match=r"expert 16 .* has 16"):
         source.expert("experts.up", 3, 16, np.float32)
-    with pytest.raises(InputError, match="row -1 .* 320 rows"):
+    with pytest.raises(InputError, match=r"row -1 .* 320 rows"):
         source.rows("embed_tokens", None, [3, -1], np.float32)
-    with pytest.raises(InputError, match="3 dimensions, asked for 2"):
+    with pytest.raises(InputError, match=r"3 dimensions, asked for 2"):
         source.matrix("experts.up", 3, np.float32)
     with pytest.raises(InputError, match="not the weight of a norm"):
         source.norm_scale("router_bias", 3, np.float32)
