@@ -214,7 +214,10 @@ MAX_CURVES = 4
 
 
 def depth_panels(records: Sequence[RunRecord]) -> list[tuple[str, list[DepthCurve]]]:
-    """At most four devices, those with most sweeps of Step models first, four curves each."""
+    """At most four devices, those with most sweeps of Step models first, four curves each.
+
+    A device on which Step models were swept shows no other model.
+    """
 
     def rank(curves: list[DepthCurve]) -> tuple[int, int]:
         step = sum(1 for c in curves if c.run.model.name.startswith("step"))
@@ -223,8 +226,8 @@ def depth_panels(records: Sequence[RunRecord]) -> list[tuple[str, list[DepthCurv
     found = sorted(depth_curves(records).items(), key=lambda item: rank(item[1]))
     chosen = []
     for name, curves in found[:MAX_PANELS]:
-        curves.sort(key=lambda c: not c.run.model.name.startswith("step"))
-        chosen.append((name, curves[:MAX_CURVES]))
+        step = [c for c in curves if c.run.model.name.startswith("step")]
+        chosen.append((name, (step or curves)[:MAX_CURVES]))
     return chosen
 
 
@@ -246,7 +249,7 @@ def depth_figure(records: Sequence[RunRecord], source: str) -> Figure:
             axes.set_title(name, loc="left", fontsize=FONT + 1)
             axes.set_ylabel("decode, tokens/s")
             axes.legend(
-                loc="upper left", bbox_to_anchor=(0, -0.15), ncols=1 if len(curves) < 2 else 2,
+                loc="upper left", bbox_to_anchor=(0, -0.15),
                 fontsize=FONT - 2, borderaxespad=0, handletextpad=0.2, columnspacing=1.0,
             )  # fmt: skip
         for axes in list(grid.flat)[len(panels) :]:

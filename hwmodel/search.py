@@ -337,15 +337,17 @@ def _stream(request: PlanRequest, plain: Candidate, place: Placement) -> Candida
     return found if found.holds else None
 
 
-def order(candidate: Candidate) -> tuple[bool, int, int, float]:
+def order(candidate: Candidate) -> tuple[bool, int, int, bool, float]:
     """Sort key of candidates with the same number of devices, best first.
 
     Anything that reads from disk comes last; where experts are outside the devices' memory, a good
-    tier is good enough and speed decides.
+    tier is good enough. Then come the evidence for the speed, whether the model's vendor publishes
+    the file, and the speed itself.
     """
     streamed = candidate.run.placement.ssd_share > 0
     tier = max(candidate.tier, GOOD_TIER) if candidate.is_offloaded else candidate.tier
-    return streamed, tier, evidence(candidate), -(candidate.decode.value or 0.0)
+    community = candidate.run.quant.name not in candidate.engine.repositories
+    return streamed, tier, evidence(candidate), community, -(candidate.decode.value or 0.0)
 
 
 def evidence(candidate: Candidate) -> int:
