@@ -2,8 +2,7 @@
 
 Residuals are logarithms of predicted over measured time under a robust loss (soft l1); every effect
 is drawn towards 0 with the spread of its level (`hwmodel.fit.LEVEL_SPREAD`), so that a device class
-is believed before a device and a device before a quant type on it. Rows of one sweep share their
-conditions, so a sweep of n figures weighs as much as the square root of n single ones.
+is believed before a device and a device before a quant type on it.
 
 Cross-validation refits without whole sweeps, without whole devices and without whole models; each
 error is computed on rows that its refit never saw. The bands of the fit are widened until those of
@@ -99,7 +98,7 @@ class Problem:
     """The samples as arrays: R rows (samples), P parts, K effects.
 
     `base` (P,), `row` (P,) the sample of each part, `features` (P, K) sparse, `log_time` (R,)
-    measured, `weight` (R,), `spread` (K,) of each effect before any run.
+    measured, `spread` (K,) of each effect before any run.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
@@ -124,10 +123,6 @@ class Problem:
         shape = (len(base), len(names))
         self.features = sparse.csr_matrix((value, (at, effect)), shape=shape)
         self.log_time = np.log([s.seconds for s in self.samples])
-        size: dict[tuple[str, str], int] = defaultdict(int)
-        for s in self.samples:
-            size[s.sweep, s.quantity] += 1
-        self.weight = np.array([size[s.sweep, s.quantity] ** -0.25 for s in self.samples])
         self.spread = np.array([prior_spread(n) for n in names])
 
     def times(self, effects: Array) -> tuple[Array, Array]:
@@ -151,7 +146,7 @@ class Problem:
         """Soft l1 of the runs marked in `use` (R,) plus the squares of the priors."""
         import numpy as np
 
-        z = ((log_time - self.log_time) * self.weight / RESIDUAL) ** 2
+        z = ((log_time - self.log_time) / RESIDUAL) ** 2
         return float(use @ (2 * (np.sqrt(1 + z) - 1)) + np.sum((effects / self.spread) ** 2))
 
     def pull(self, log_time: Array, use: Array) -> tuple[Array, Array]:
@@ -159,8 +154,8 @@ class Problem:
         import numpy as np
 
         residual = log_time - self.log_time
-        z = (residual * self.weight / RESIDUAL) ** 2
-        weight = use * (self.weight / RESIDUAL) ** 2 / np.sqrt(1 + z)
+        z = (residual / RESIDUAL) ** 2
+        weight = use / RESIDUAL**2 / np.sqrt(1 + z)
         return weight, weight * residual
 
     def solve(self) -> tuple[Array, Array]:

@@ -24,10 +24,10 @@ SCHEMA = 1
 MAX_FIT_BYTES = 8 << 20
 # Standard deviation of an effect before any run is seen, by level (natural logarithm).
 LEVEL_SPREAD: dict[str, float] = {
-    "all": 0.25, "class": 0.25, "group": 0.25, "family": 0.15, "class+group": 0.20,
-    "engine": 0.12, "backend": 0.15, "device": 0.12, "quant": 0.20, "class+quant": 0.15,
-    "group+quant": 0.15, "age": 0.10, "early": 0.15, "depth": 0.30, "type": 0.15, "width": 0.30,
-    "parallel": 0.30, "speed": 0.15, "kind": 0.30, "tokens": 0.15,
+    "all": 0.15, "class": 0.15, "group": 0.15, "family": 0.10, "class+group": 0.12,
+    "engine": 0.08, "device": 0.08, "quant": 0.12, "class+quant": 0.08, "age": 0.05,
+    "early": 0.10, "depth": 0.20, "type": 0.08, "width": 0.20, "parallel": 0.20, "kind": 0.25,
+    "tokens": 0.10, "speed": 0.10,
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def level_of(effect: str) -> str:
 
 def prior_spread(effect: str) -> float:
     """Standard deviation of an effect before any run is seen."""
-    return LEVEL_SPREAD.get(level_of(effect), 0.2)
+    return LEVEL_SPREAD.get(level_of(effect), 0.1)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Fit:
 
     Attributes:
         effects: fitted value by effect name; an effect that is not listed is 0.
-        covariance: of the listed effects, in their order (lower triangle, row by row).
+        covariance: of the listed effects, in their order (lower triangle; in the file each row is
+            one text of numbers).
         sigma: residual spread (natural logarithm) by quantity.
         band: multiple of the standard deviation that makes the band, by quantity, set so that
             the bands of held-out runs hold the stated share of them.
@@ -128,7 +129,7 @@ def spread(parts: Sequence[Part], fit: Fit, quantity: str) -> float:
     for name, g in slope.items():
         if name not in index:
             variance += (g * prior_spread(name)) ** 2
-    return math.sqrt(variance)
+    return math.sqrt(max(variance, fit.sigma.get(quantity, 0.15) ** 2))
 
 
 def unseen(parts: Sequence[Part], fit: Fit, level: str) -> list[str]:
@@ -173,7 +174,7 @@ def from_json(data: Any, name: str = "fit") -> Fit:
         raise InputError(f"{name}: expected a fit file with schema {SCHEMA}; run bench calibrate")
     try:
         effects = {str(k): float(v) for k, v in data["effects"].items()}
-        covariance = tuple(tuple(float(v) for v in row) for row in data["covariance"])
+        covariance = tuple(tuple(map(float, row.split())) for row in data["covariance"])
         runs = tuple(FittedRun(**r) for r in data.get("runs", ()))
         fit = Fit(
             effects=effects,
@@ -206,7 +207,7 @@ def to_json(fit: Fit) -> dict[str, Any]:
         "sigma": {k: round(v, 6) for k, v in fit.sigma.items()},
         "band": {k: round(v, 6) for k, v in fit.band.items()},
         "effects": {k: round(v, 6) for k, v in fit.effects.items()},
-        "covariance": [[_short(v) for v in row] for row in fit.covariance],
+        "covariance": [" ".join(_short(v) for v in row) for row in fit.covariance],
         "runs": [
             {**r.__dict__, "config": dict(r.config), **{k: _digits(getattr(r, k)) for k in _SPEEDS}}
             for r in fit.runs
@@ -217,8 +218,9 @@ def to_json(fit: Fit) -> dict[str, Any]:
 _SPEEDS = ("measured", "predicted", "held_out", "new_device", "low", "high")
 
 
-def _short(value: float) -> float:
-    return 0.0 if abs(value) < 5e-7 else float(f"{value:.3g}")
+def _short(value: float) -> str:
+    """Two digits, and nothing below a spread of 0.3 %: that much the runs support."""
+    return "0" if abs(value) < 1e-5 else f"{value:.2g}"
 
 
 def _digits(value: float) -> float:

@@ -23,7 +23,7 @@ DEFAULT_HOST_BYTES_PER_S = 96e9
 DEFAULT_HOST_LINK_BYTES_PER_S = 32e9
 DEFAULT_LINK_BYTES_PER_S = 32e9
 DEFAULT_SSD_BYTES_PER_S = 5e9
-HOST_FLOP_PER_S = 2e12
+HOST_FLOP_PER_BYTE = 10.0  # a host's arithmetic goes with its memory channels
 FP8_BLOCK = 128  # width of the scale blocks of the FP8 experts
 
 
@@ -48,7 +48,7 @@ class Machine:
     host_bandwidth_bytes_per_s: float
     host_link_bytes_per_s: float
     ssd_bytes_per_s: float
-    host_flop_per_s: float = HOST_FLOP_PER_S
+    host_flop_per_s: float
 
     def flop(self, dtype: str) -> float:
         """Dense peak for a type, or the next wider type that the device has."""
@@ -62,11 +62,11 @@ class Machine:
     def pipeline(self, chunks: int) -> float:
         """Speed-up of `chunks` prompt chunks that follow each other through the stages.
 
-        A third of the ideal gain of a pipeline, which is what published runs on 2 to 8 cards
+        Half of the ideal gain of a pipeline, which is what published runs on 2 to 8 cards
         reach.
         """
         ideal = chunks * self.stages / (chunks + self.stages - 1)
-        return 1 + (ideal - 1) / 3
+        return 1 + (ideal - 1) / 2
 
 
 def machine(run: RunConfig) -> Machine:
@@ -104,6 +104,7 @@ def machine(run: RunConfig) -> Machine:
         host_bandwidth_bytes_per_s=host,
         host_link_bytes_per_s=link * (n if at_once else 1),
         ssd_bytes_per_s=p.ssd_bytes_per_s or DEFAULT_SSD_BYTES_PER_S,
+        host_flop_per_s=HOST_FLOP_PER_BYTE * host,
     )
 
 

@@ -40,6 +40,7 @@ MOE_OVERHEAD = 50e-6
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
 HOST_PRIOR = 0.50  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
+PACK_PRIOR = 0.40  # the same for packing experts that are sent over a link
 HAND_OVER_S = 100e-6  # activations to the host and back, per layer with experts there
 LINK_PRIOR = 0.75  # of a link's datasheet speed
 ALL_REDUCE_S = {"nvlink": 8e-6, "xgmi": 12e-6, "pcie": 25e-6, "network": 40e-6}
@@ -214,7 +215,7 @@ def _weight_parts(
 def _speed(m: Machine, c: Context) -> Features:
     """The faster one device's memory, the smaller the share of it that a step reaches."""
     each = math.log2(m.bandwidth_bytes_per_s / max(1, m.parallel) / 1e12)
-    return (("weights/speed", each), (f"weights/speed={c.group}", each))
+    return (("weights/speed", each), (f"weights/speed={c.device_class}", each))
 
 
 def _outside_parts(
@@ -400,15 +401,31 @@ def _stream_parts(
     parts = [Part("weight reads", "memory bandwidth", t / 0.7, c.features("stream", "class"), t,
                   total - host - disk)]  # fmt: skip
     if host > 0:
-        # Read and packed by the processor, then sent: one after the other (published tables for
-        # 1 to 8 cards on one host fit the sum, not the slower of the two).
-        t = host / m.host_link_bytes_per_s
-        effects = c.features("host stream", "family")
-        parts.append(Part("host link", "links", t / LINK_PRIOR, effects, t, host))
-        t = host / m.host_bandwidth_bytes_per_s
-        effects = c.features("host pack", "family")
-        parts.append(Part("host memory", "host memory", t / 0.4, effects, t, host))
+        parts += _host_prompt_parts(run, m, c, chunk, host, times)
     if disk > 0:
         t = disk / m.ssd_bytes_per_s
         parts.append(Part("disk", "disk", t / 0.7, c.features("disk", "family"), t, disk))
     return parts
+
+
+def _host_prompt_parts(
+    run: RunConfig, m: Machine, c: Context, chunk: StepCounts, host: float, times: float
+) -> list[Part]:
+    """Experts in host memory: sent to the device once per chunk, or computed by the host.
+
+    Sending is read-and-pack by the processor, then the link: one after the other (published tables
+    for 1 to 8 cards on one host fit the sum, not the slower of the two). Few prompt tokens are
+    cheaper to compute where the experts lie.
+    """
+    share = run.placement.host_expert_share
+    link, pack = host / m.host_link_bytes_per_s, host / m.host_bandwidth_bytes_per_s
+    flop = 2 * chunk.multiply_adds.get("routed", 0.0) * times * share
+    computed = flop / m.host_flop_per_s + pack / HOST_PRIOR
+    if computed < link / LINK_PRIOR + pack / PACK_PRIOR:
+        effects = c.features("host compute", "family")
+        return [Part("host experts", "host memory", computed, effects, pack, host, flop)]
+    sent, packed = c.features("host stream", "family"), c.features("host pack", "family")
+    return [
+        Part("host link", "links", link / LINK_PRIOR, sent, link, host),
+        Part("host memory", "host memory", pack / PACK_PRIOR, packed, pack, host),
+    ]
