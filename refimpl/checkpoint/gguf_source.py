@@ -15,6 +15,7 @@ from refimpl.checkpoint.stored import (
     DEFAULT_CACHE_BYTES,
     StoredSource,
     StoredTensor,
+    Wanted,
     extra_warning,
     missing_mtp,
     missing_tensor,
@@ -30,20 +31,28 @@ _ROUTER = re.compile(r"blk\.(\d{1,6})\.ffn_gate_inp\.weight")
 _MAX_ROPE_DIVISORS = 1 << 16
 
 
-def open_gguf(path: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSource:
+def open_gguf(
+    path: Path, cache_bytes: int = DEFAULT_CACHE_BYTES, wanted: Wanted | None = None
+) -> StoredSource:
     """Open a GGUF file; every tensor that its keys demand is checked by name, shape and type.
 
     MTP layers that are declared but wholly absent become a warning and are switched off.
+
+    Args:
+        wanted: the tensors that are needed; others may be missing.
 
     Raises:
         ConfigError: the keys contradict each other.
         CheckpointError: names the file and tensor, what was found and what was expected.
     """
     file = read_gguf_parts(path)
-    config = _config(file)
+    config = config_of(file)
     warnings = []
     specs = gguf_inventory(config)
-    if missing_mtp(specs, lambda t: _find(file, t) is not None):
+    if wanted is not None:
+        tensors = [_checked(file, s, _present(file, s)) for s in specs if wanted(s)]
+        return StoredSource(config, tensors, (), cache_bytes, file.metadata)
+    if missing_mtp(specs, lambda t: find_tensor(file, t) is not None):
         warnings.append(no_mtp_warning(path, config))
         config = config.without_mtp()
         specs = gguf_inventory(config)
@@ -55,7 +64,12 @@ def open_gguf(path: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSourc
     return StoredSource(config, tensors, warnings, cache_bytes, file.metadata)
 
 
-def _config(file: GgufFile) -> ModelConfig:
+def config_of(file: GgufFile) -> ModelConfig:
+    """The configuration that a GGUF file's keys and tensors state.
+
+    Raises:
+        ConfigError, CheckpointError: another architecture, or keys that contradict each other.
+    """
     architecture = file.metadata.get("general.architecture")
     if architecture != GGUF_ARCHITECTURE:
         raise CheckpointError(
@@ -79,7 +93,8 @@ def _rope_divisors(file: GgufFile) -> Sequence[float] | None:
     return [float(v) for v in decode(tensor.kind, tensor.rows).astype(np.float64)[0]]
 
 
-def _find(file: GgufFile, spec: TensorSpec) -> GgufTensor | None:
+def find_tensor(file: GgufFile, spec: TensorSpec) -> GgufTensor | None:
+    """The file's tensor for a row of the tensor table, or None."""
     found = file.tensors.get(spec.gguf_name)
     if found is None and spec.key == "router_bias":  # also written without the suffix
         found = file.tensors.get(spec.gguf_name.removesuffix(".bias"))
@@ -87,7 +102,7 @@ def _find(file: GgufFile, spec: TensorSpec) -> GgufTensor | None:
 
 
 def _present(file: GgufFile, spec: TensorSpec) -> GgufTensor:
-    tensor = _find(file, spec)
+    tensor = find_tensor(file, spec)
     if tensor is None:
         hint = "the file is incomplete or its keys belong to another model"
         if "blk.0.attn_norm.weight" not in file.tensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from refimpl.checkpoint.block_types import PLAIN, block_type
@@ -11,6 +12,7 @@ from refimpl.checkpoint.stored import (
     DEFAULT_CACHE_BYTES,
     StoredSource,
     StoredTensor,
+    Wanted,
     extra_warning,
     missing_mtp,
     missing_tensor,
@@ -24,24 +26,34 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
 
 
-def open_hf(folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSource:
+def open_hf(
+    folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES, wanted: Wanted | None = None
+) -> StoredSource:
     """Open a folder with config.json and model*.safetensors (BF16, F16 or F32).
 
     Every tensor that the configuration demands is checked by name, shape and type. MTP layers
     that are declared but wholly absent become a warning and are switched off.
+
+    Args:
+        wanted: the tensors that are needed; shards that hold none of them may be missing.
 
     Raises:
         ConfigError: config.json contradicts itself.
         CheckpointError: names the file and tensor, what was found and what was expected.
     """
     config = load_hf_config(folder / "config.json")
+    if wanted is not None:
+        specs = [spec for spec in inventory(config) if wanted(spec)]
+        found = _all_entries(folder, {spec.hf_name for spec in specs})
+        tensors = [_checked(folder, spec, found) for spec in specs]
+        return StoredSource(config, tensors, (), cache_bytes)
     found = _all_entries(folder)
     warnings = []
-    specs = inventory(config)
+    specs = list(inventory(config))
     if missing_mtp(specs, lambda t: t.hf_name in found):
         warnings.append(no_mtp_warning(folder, config))
         config = config.without_mtp()
-        specs = inventory(config)
+        specs = list(inventory(config))
     tensors = [_checked(folder, spec, found) for spec in specs]
     extra = found.keys() - {spec.hf_name for spec in specs}
     if extra:
@@ -49,12 +61,17 @@ def open_hf(folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES) -> StoredSourc
     return StoredSource(config, tensors, warnings, cache_bytes)
 
 
-def _all_entries(folder: Path) -> dict[str, tuple[str, Entry]]:
-    """Tensor name to (file name, entry) over all shards."""
+def _all_entries(
+    folder: Path, only: AbstractSet[str] | None = None
+) -> dict[str, tuple[str, Entry]]:
+    """Tensor name to (file name, entry) over all shards, or those that hold the tensors `only`."""
     index = folder / INDEX_NAME
     found: dict[str, tuple[str, Entry]] = {}
     if index.exists():
-        weight_map = _read_index(index)
+        weight_map = read_index(index)
+        if only is not None:
+            needed = {weight_map[name] for name in only & weight_map.keys()}
+            weight_map = {n: file for n, file in weight_map.items() if file in needed}
         files = sorted(set(weight_map.values()))
     else:
         weight_map = {}
@@ -79,7 +96,12 @@ def _all_entries(folder: Path) -> dict[str, tuple[str, Entry]]:
     return found
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard name, as `model.safetensors.index.json` states it.
+
+    Raises:
+        CheckpointError: damaged, or a name that is not a file of this folder.
+    """
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             raise CheckpointError(f"{path}: larger than {MAX_INDEX_BYTES} bytes")

@@ -24,6 +24,9 @@ from refimpl.errors import CheckpointError, InputError
 from refimpl.inventory import TensorSpec
 
 Array = NDArray[Any]
+Wanted = Callable[[TensorSpec], bool]
+"""Which tensors of a checkpoint are needed, where not all are."""
+
 DEFAULT_CACHE_BYTES = 256 << 20
 
 
