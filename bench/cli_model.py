@@ -90,16 +90,9 @@ def _fit(path: str | None) -> Fit:
 
 
 def _write(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    import os
+    from hwmodel.files import write_whole
 
-    beside = path.with_name(f".{path.name}.part")
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _draw(
@@ -107,6 +100,7 @@ def _draw(
 ) -> None:
     from bench.compare_view import comparison_text
     from bench.plots import depth_figure, scatter_figure
+    from hwmodel.files import write_whole
     from hwmodel.plots import save
 
     basis = f"fit of {fit.as_of or 'unknown date'} to {len(fit.runs)} figures"
@@ -114,7 +108,7 @@ def _draw(
     written = save(scatter_figure(result["rows"], source), folder, "predicted-measured")
     written += save(depth_figure(records, source), folder, "decode-depth")
     text = folder / "table.txt"
-    text.write_text(comparison_text(result) + "\n", encoding="utf-8")
+    write_whole(text, (comparison_text(result) + "\n").encode())
     _write(folder / "comparison.json", result)
     for path in [*written, text, folder / "comparison.json"]:
         note(f"wrote {path}")

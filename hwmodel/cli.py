@@ -74,9 +74,12 @@ def main() -> None:
 @click.option(
     "--stats", metavar="FILE", help="Acceptance of drafts as measured by 'refimpl stats --json'."
 )
+@click.option("--plot", metavar="FILE", help="Draw decode against depth into a .png or .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
-def plan(ctx: click.Context, ram: float | None, as_json: bool, **given: Any) -> None:
+def plan(
+    ctx: click.Context, ram: float | None, plot: str | None, as_json: bool, **given: Any
+) -> None:
     """Will it fit, how fast, with which command, and how sure.
 
     Exit code 0: it fits (if need be with the setting that is named); 1: it does not, and the
@@ -99,4 +102,8 @@ def plan(ctx: click.Context, ram: float | None, as_json: bool, **given: Any) -> 
         print_json(plan_json(answer))
     else:
         click.echo(plan_text(answer))
+    if plot is not None:
+        from hwmodel.plots import draw_plan
+
+        draw_plan(answer, plot)
     ctx.exit(0 if answer.holds else 1)

@@ -6,17 +6,22 @@ those of Okabe and Ito, which people with any colour vision tell apart; each als
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hwmodel.errors import RequestError
+from hwmodel.files import write_whole
 from hwmodel.predict import predict
 from hwmodel.run import RunConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from hwmodel.plan import Plan
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -110,8 +115,24 @@ def style_depth_axis(axes: Axes) -> None:
     axes.set_xlabel("tokens in the KV cache")
 
 
+def draw_plan(plan: Plan, path: str) -> None:
+    """Decode against depth of a plan, up to the longest context that fits, into one file.
+
+    Raises:
+        RequestError: the file's name ends neither in .png nor in .svg.
+    """
+    if not path.endswith((".png", ".svg")):
+        raise RequestError(f"--plot is {path!r}, expected a name that ends in .png or .svg")
+    chosen = plan.chosen
+    many = f"{chosen.count}x " if chosen.count > 1 else ""
+    label = f"{chosen.run.quant.name} in {chosen.engine.title}"
+    curve = DepthCurve(label, chosen.at(drafts=0), depth_grid(max(1, plan.max_context)))
+    figure = depth_figure([curve], f"Step 3.5 Flash on {many}{chosen.device.title}", label)
+    save_one(figure, Path(path))
+
+
 def depth_figure(curves: Sequence[DepthCurve], title: str, source: str) -> Figure:
-    """One panel of decode against depth, with what the lines mean and where numbers come from."""
+    """One panel of decode against depth, with what the lines mean and what was predicted."""
     from matplotlib.figure import Figure
 
     with style():
@@ -120,9 +141,8 @@ def depth_figure(curves: Sequence[DepthCurve], title: str, source: str) -> Figur
         draw_depth(axes, curves)
         axes.set_ylabel("decode, tokens/s per sequence")
         axes.set_title(title, loc="left")
-        shown = axes.get_legend_handles_labels()[0] if any(c.measured for c in curves) else []
-        axes.legend(handles=[*shown, *line_handles()], loc="best", fontsize=FONT - 2)
-        figure.supxlabel(source, fontsize=FONT - 4, color=GREY, x=0.01, ha="left")
+        axes.legend(handles=line_handles(), loc="best", fontsize=FONT - 2)
+        figure.suptitle(source, fontsize=FONT - 3, color=GREY, x=0.01, ha="left")
         return figure
 
 
@@ -142,7 +162,16 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write NAME.png and NAME.svg into a folder (made if need be); gives both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    with style():
-        figure.savefig(paths[0], dpi=110)
-        figure.savefig(paths[1], metadata={"Date": None})
+    for path in paths:
+        save_one(figure, path)
     return paths
+
+
+def save_one(figure: Figure, path: Path) -> None:
+    """Write one picture, in the format that the file's name says."""
+    data = io.BytesIO()
+    kind = path.suffix.removeprefix(".")
+    with style():
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(data, format=kind, dpi=110, metadata=metadata)
+    write_whole(path, data.getvalue())

@@ -167,6 +167,14 @@ def test_explain_every_figure(figure: str) -> None:
     assert found["weights_bytes_by_role"]["routed"] > 1e10
 
 
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+def test_a_plan_can_be_drawn(name: str, start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    assert run("plan", "--device", "m4max", "--plot", str(path)).exit_code == 0
+    assert path.read_bytes().startswith(start)
+    assert run("plan", "--device", "m4max", "--plot", "a.bmp").exit_code == 2
+
+
 def test_a_plan_imports_nothing_heavy() -> None:
     """Neither --help nor a plan loads numpy or anything larger."""
     code = (
