@@ -2,9 +2,8 @@
 
 A *block* is the unit of a ggml type: `block_values` values of a row in `block_bytes` bytes
 (architecture.md section 4.5; ggml-quants.c in llama.cpp). Plain floating-point types are blocks of
-one value. The decoders of the block formats are those of the `gguf` package (NumPy, on any
-slice of whole rows), so every type it knows can be opened; a faster decoder, or a type it lacks,
-slots in through `register`.
+one value. The decoders and encoders of the block formats are those of the `gguf` package (NumPy,
+on any slice of whole rows), so every type it knows can be opened.
 """
 
 from __future__ import annotations
@@ -73,12 +72,6 @@ def block_type_of_id(ggml_id: int) -> BlockType | None:
     return _by_id().get(ggml_id)
 
 
-def register(kind: BlockType) -> None:
-    """Add a type, or replace the decoder of one."""
-    _table()[kind.name] = kind
-    _by_id()[kind.ggml_id] = kind
-
-
 def decode(kind: BlockType, rows: Array) -> Array:
     """Values (rows, n) of stored bytes (rows, row_bytes): plain types as stored, else float32.
 
@@ -89,7 +82,34 @@ def decode(kind: BlockType, rows: Array) -> Array:
         return rows.view(kind.plain)
     if kind.decode is None:
         raise CheckpointError(f"values of type {kind.name} cannot be decoded by this program")
-    return kind.decode(rows)
+    with np.errstate(all="ignore"):  # a damaged scale may be infinite; the values then say so
+        return kind.decode(rows)
+
+
+def encode(kind: BlockType, values: Array, where: str) -> Array:
+    """Stored bytes (rows, row_bytes) of values (rows, n).
+
+    Args:
+        where: file and tensor, for messages.
+
+    Raises:
+        CheckpointError: a value is beyond the type, or not finite where blocks share a scale.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    finite = bool(np.isfinite(values.astype(np.float32, copy=False)).all())
+    if kind.plain is not None:
+        with np.errstate(over="ignore"):
+            plain = values.astype(kind.plain)
+        if finite and not np.isfinite(plain.astype(np.float32)).all():
+            peak = float(np.abs(values.astype(np.float64)).max())
+            raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
+        return np.ascontiguousarray(plain).view(np.uint8)
+    if not finite:
+        raise CheckpointError(f"{where} holds a value that is not finite; {kind.name} has none")
+    rows = np.ascontiguousarray(values, dtype=np.float32)
+    return np.ascontiguousarray(quantize(rows, GGMLQuantizationType(kind.ggml_id)))
 
 
 @cache

@@ -13,7 +13,8 @@ from refimpl.checkpoint.gguf_write import FILE_TYPES, row_ranges, write_gguf
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.stored import StoredSource
-from refimpl.errors import InputError
+from refimpl.config import ModelConfig
+from refimpl.errors import ConfigError, InputError
 from refimpl.inventory import TensorSpec
 from refimpl.text.tokenizer import tokenizer_of
 
@@ -65,6 +66,7 @@ def convert(
             write_gguf(source, out, file_type, vocabulary, mtp, name=name, progress=progress)
         else:
             config = source.config if mtp else source.config.without_mtp()
+            _require_expressible(config, src)
             extra = {n: (src / n).read_bytes() for n in _TOKENIZER_FILES if (src / n).is_file()}
             write_hf(
                 config, lambda t: hf_chunks(source, t), out, file_type, extra_files=extra,
@@ -73,6 +75,17 @@ def convert(
     finally:
         source.close()
     return tuple(notes)
+
+
+def _require_expressible(config: ModelConfig, src: Path) -> None:
+    """GGUF holds the divisors that llama3 scaling leads to, config.json the settings behind them;
+    a folder without them would be another model."""
+    if config.rope_divisors and any(d != 1.0 for d in config.rope_divisors):
+        raise ConfigError(
+            "rope_scaling",
+            f"{src} holds only its divisors (rope_freqs.weight), which config.json cannot state; "
+            "convert from the original folder",
+        )
 
 
 def hf_chunks(source: StoredSource, spec: TensorSpec) -> Iterator[Array]:

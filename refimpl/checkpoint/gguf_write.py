@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.checkpoint.atomic import atomic_file
-from refimpl.checkpoint.block_types import BlockType, block_type
+from refimpl.checkpoint.block_types import BlockType, block_type, encode
 from refimpl.checkpoint.hf_write import Progress
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import FULL, ModelConfig
@@ -181,9 +181,8 @@ def _special_ids(vocabulary: Vocabulary | None, config: ModelConfig) -> dict[str
         ids.setdefault("bos", config.bos_token_id)
     for token in config.eos_token_id[:1]:
         ids.setdefault("eos", token)
-    for token in config.eos_token_id[-1:]:
-        if token != ids["eos"]:
-            ids.setdefault("eot", token)
+    for token in [t for t in config.eos_token_id if t != ids["eos"]][-1:]:
+        ids.setdefault("eot", token)
     return ids
 
 
@@ -205,14 +204,14 @@ def _encoded(source: StoredSource, spec: TensorSpec, kind: BlockType) -> Iterato
     tensor = source.stored(spec.key, spec.layer)
     if spec.plus_one:
         scale = source.norm_scale(spec.key, spec.layer, np.float32)
-        yield _encode(scale[None, :], kind, tensor.where)
+        yield encode(kind, scale[None, :], tensor.where)
     elif tensor.kind.name == kind.name:
         for start, stop in row_ranges(tensor):
             yield np.ascontiguousarray(tensor.rows[start:stop])
     else:
         for start, stop in row_ranges(tensor):
             values = tensor.values(start, stop).astype(np.float32, copy=False)
-            yield _encode(values, kind, tensor.where)
+            yield encode(kind, values, tensor.where)
 
 
 def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
@@ -221,23 +220,6 @@ def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
     n = tensor.rows.shape[0]
     for start in range(0, n, step):
         yield start, min(n, start + step)
-
-
-def _encode(values: Array, kind: BlockType, where: str) -> Array:
-    """float32 (rows, n) to stored bytes (rows, row_bytes)."""
-    from gguf.quants import quantize
-
-    finite = np.isfinite(values).all()
-    if kind.plain is not None:
-        with np.errstate(over="ignore"):
-            plain = values.astype(kind.plain)
-        if finite and not np.isfinite(plain.astype(np.float32)).all():
-            peak = float(np.abs(values).max())
-            raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
-        return np.ascontiguousarray(plain).view(np.uint8)
-    if not finite:
-        raise CheckpointError(f"{where} holds a value that is not finite; {kind.name} has none")
-    return np.ascontiguousarray(quantize(np.ascontiguousarray(values), _ggml_type(kind)))
 
 
 def rope_divisors(config: ModelConfig) -> Array:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from refimpl.checkpoint.atomic import atomic_file, atomic_folder
+from refimpl.checkpoint.block_types import BlockType, block_type, encode
 from refimpl.config import ModelConfig
 from refimpl.config_io import to_hf
 from refimpl.errors import InputError
@@ -29,8 +28,7 @@ norms in the Hugging Face convention (w, multiply by 1 + w)."""
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
-STORED = {"f32": ("F32", np.dtype("<f4")), "f16": ("F16", np.dtype("<f2")),
-          "bf16": ("BF16", np.dtype(bfloat16))}  # fmt: skip
+STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _TORCH_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -55,6 +53,7 @@ def write_hf(
 
     Raises:
         InputError: unknown dtype, or `out_dir` exists already or cannot be written.
+        CheckpointError: a value is beyond the type.
     """
     if dtype not in STORED:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(STORED)}")
@@ -76,12 +75,12 @@ def write_hf(
     return Path(out_dir)
 
 
-def _type_of(tensor: TensorSpec, dtype: str) -> tuple[str, np.dtype[Any]]:
-    return STORED["f32" if tensor.key == "router_bias" else dtype]
+def _type_of(tensor: TensorSpec, dtype: str) -> BlockType:
+    return block_type(STORED["f32" if tensor.key == "router_bias" else dtype])
 
 
 def _stored_bytes(tensor: TensorSpec, dtype: str) -> int:
-    return tensor.elements * _type_of(tensor, dtype)[1].itemsize
+    return tensor.elements * _type_of(tensor, dtype).block_bytes
 
 
 def _plan_shards(
@@ -119,7 +118,7 @@ def _write_shard(
     for tensor in shard:
         end = offset + _stored_bytes(tensor, dtype)
         header[tensor.hf_name] = {
-            "dtype": _type_of(tensor, dtype)[0],
+            "dtype": _type_of(tensor, dtype).name,
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -129,10 +128,10 @@ def _write_shard(
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in shard:
-            stored = _type_of(tensor, dtype)[1]
+            kind = _type_of(tensor, dtype)
             written = 0
             for chunk in chunks(tensor):
-                written += file.write(np.ascontiguousarray(chunk.astype(stored)).tobytes())
+                written += file.write(encode(kind, chunk, tensor.hf_name).data)
                 if progress:
                     progress(done + written, total)
             if written != _stored_bytes(tensor, dtype):

@@ -1,5 +1,6 @@
 """Conversion: both directions, with and without MTP, atomic, and as llama.cpp's converter does."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,10 +14,11 @@ from refimpl.checkpoint.gguf_read import read_gguf
 from refimpl.checkpoint.gguf_write import write_gguf
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.synth import PRESETS, synthesize
-from refimpl.errors import CheckpointError, InputError
+from refimpl.errors import CheckpointError, ConfigError, InputError
 from refimpl.inventory import gguf_inventory
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "converter.json").read_text())
+SEED = 5
 OUR_OWN_KEYS = {"general.name", "tokenizer.ggml.eot_token_id"}
 
 
@@ -74,13 +76,20 @@ def test_rope_divisors_are_llama3s(made):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_there_and_back_is_the_same_folder(made, tmp_path, preset):
-    """bf16 folder -> bf16 GGUF -> bf16 folder: the same bytes."""
-    folder = made(preset, "hf-bf16")
+def test_there_and_back_is_the_same_folder(tmp_path, preset):
+    """bf16 folder -> bf16 GGUF -> bf16 folder: the same bytes, config.json included."""
+    config = dataclasses.replace(PRESETS[preset](), rope_scaling=None)
+    folder = synthesize(config, SEED, tmp_path / "m", "bf16")
     convert(folder, tmp_path / "m.gguf", "bf16")
     convert(tmp_path / "m.gguf", tmp_path / "back", "bf16")
-    a, b = (p / "model.safetensors" for p in (folder, tmp_path / "back"))
-    assert a.read_bytes() == b.read_bytes()
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+
+
+def test_scaling_that_a_folder_cannot_state_is_not_lost_silently(made, tmp_path):
+    with pytest.raises(ConfigError, match="holds only its divisors"):
+        convert(made("tiny_a", "q8_0"), tmp_path / "back", "bf16")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
@@ -103,8 +112,6 @@ def test_without_mtp(made, tmp_path):
 
 
 def test_rows_that_do_not_fill_blocks_become_f16(tmp_path, micro):
-    import dataclasses
-
     odd = dataclasses.replace(micro, moe_intermediate_size=24)
     synthesize(odd, 0, tmp_path / "m", "bf16")
     convert(tmp_path / "m", tmp_path / "m.gguf", "q4_0")
@@ -134,7 +141,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_keeps_what_was_there(made,
     with pytest.raises(KeyboardInterrupt):
         convert(made("micro", "hf-f32"), out, "q8_0", progress=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        convert(made("micro", "q8_0"), tmp_path / "folder", "f32", progress=interrupt)
+        convert(made("micro", "hf-f32"), tmp_path / "folder", "f16", progress=interrupt)
     assert out.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
@@ -151,6 +158,8 @@ def test_values_beyond_f16_are_refused(tmp_path, micro):
     write_hf(micro, chunks, tmp_path / "m", "bf16")
     with pytest.raises(CheckpointError, match=r"v_proj.* beyond F16; choose bf16"):
         convert(tmp_path / "m", tmp_path / "m.gguf", "f16")
+    with pytest.raises(CheckpointError, match=r"v_proj.* beyond F16; choose bf16"):
+        convert(tmp_path / "m", tmp_path / "f16", "f16")
     convert(tmp_path / "m", tmp_path / "m.gguf", "bf16")
 
 
@@ -174,11 +183,12 @@ def test_outputs_that_cannot_be_written_are_refused(made, tmp_path):
         (tmp_path / "m.gguf", "q5_k", "can hold f32, f16, bf16, q8_0, q4_0"),
         (tmp_path / "folder", "q8_0", "can hold f32, f16, bf16"),
         (tmp_path / "none" / "m.gguf", "f16", "cannot be written"),
-        (model.parent, "f16", "already exists"),
     ]
     for out, kind, message in cases:
         with pytest.raises(InputError, match=message):
             convert(model, out, kind)
+    with pytest.raises(InputError, match="already exists"):
+        convert(made("micro", "hf-f32"), model.parent, "f16")
 
 
 def test_a_file_without_a_tokenizer_says_so(made, tmp_path):
