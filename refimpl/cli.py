@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @click.group(
     cls=SentenceGroup,
-    lazy={"golden": "refimpl.cli_golden:golden"},
+    lazy={
+        "golden": "refimpl.cli_golden:golden",
+        "inspect": "refimpl.cli_inspect:inspect",
+    },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="step-flash-reference", prog_name="refimpl")
