@@ -111,3 +111,5 @@ def _add_split(launch: Launch, add: _Add) -> None:
             add("remote", ",".join(f"host{i}:50052" for i in range(2, launch.hosts + 1)))
     elif split in ("tensor", "expert"):
         add(split, launch.count)
+        if launch.hosts > 1:
+            add("machines", launch.hosts)

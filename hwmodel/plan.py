@@ -29,6 +29,7 @@ from hwmodel.search import (
 from hwmodel.speculative import conditional_acceptance
 
 WORTHWHILE = 1.03  # drafting is recommended from this gain on
+NEAR_BEST = 0.03  # a shorter draft is taken if it loses no more gain: it needs less acceptance
 _DEPTH_DIVISORS = (64, 16, 4, 1)
 _PROMPT_DIVISORS = (16, 4, 1)
 
@@ -241,8 +242,10 @@ def _draft_options(candidate: Candidate) -> tuple[DraftOption, ...]:
 
 
 def _best_drafts(options: tuple[DraftOption, ...]) -> int:
+    """The fewest drafts within `NEAR_BEST` of the largest gain, 0 where none is worth it."""
     worth = [o for o in options if o.drafts and o.fits and o.gain >= WORTHWHILE]
-    return max(worth, key=lambda o: o.gain).drafts if worth else 0
+    most = max((o.gain for o in worth), default=0.0)
+    return min((o.drafts for o in worth if o.gain >= most - NEAR_BEST), default=0)
 
 
 def _alternatives(request: PlanRequest, chosen: Candidate) -> tuple[Candidate, ...]:

@@ -6,12 +6,13 @@ import textwrap
 from typing import Any
 
 from hwmodel.command import MTP_FILE, weights_name
+from hwmodel.fit import load_fit
 from hwmodel.plan import Plan
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
 from hwmodel.search import Candidate
 
-WIDTH = 98
+WIDTH = 100
 _LABEL = 10
 
 
@@ -149,9 +150,9 @@ def _decode(plan: Plan) -> list[str]:
 def _prompts(plan: Plan) -> list[str]:
     found = []
     for p in plan.prompts:
-        ttft = f"{figure(p.ttft.value)} s" if p.ttft.value is not None else "unknown"
+        ttft = f"{figure(p.ttft.value)} s" if p.ttft.value is not None else "unknown time"
         found.append(
-            f"{p.prompt_tokens:>8,} long  first token after {ttft} ({band(p.ttft)}), "
+            f"{p.prompt_tokens:>8,} long  {ttft} to first token ({band(p.ttft)}), "
             f"prefill {pair(p.prefill)}"
         )
     return found
@@ -189,7 +190,7 @@ def _split(candidate: Candidate) -> str:
         text += f" ({gigabytes(candidate.memory.disk_bytes)} GB)"
     if n > 1 and candidate.device.max_per_host < n:
         text += f"; {-(-n // candidate.device.max_per_host)} machines over "
-        text += candidate.device.link_kind or "a network"
+        text += candidate.device.network_kind or "a network"
     return text
 
 
@@ -209,7 +210,7 @@ def _files(plan: Plan) -> str:
 
 def _sure(plan: Plan) -> list[str]:
     e = plan.decode[0][1]
-    texts = [e.status + (f": {e.reason}" if e.reason else "")]
+    texts = [e.status + (f": {e.reason}" if e.reason else "") + _errors(plan)]
     if e.nearest is not None:
         texts.append(f"nearest measured run: {nearest_text(e.nearest)}")
     unverified = plan.chosen.device.unverified()
@@ -219,6 +220,22 @@ def _sure(plan: Plan) -> list[str]:
     if plan.chosen.device.notes:
         texts.append(f"note: {plan.chosen.device.notes}")
     return texts
+
+
+def _errors(plan: Plan) -> str:
+    """What cross-validation found for decode on this device, else over all devices."""
+    found = load_fit().errors.get("decode_tok_s", {})
+    device = plan.chosen.device.name
+    own = found.get("by_device", {}).get(device)
+    where, entry = (device, own) if own else ("all devices", found)
+    errors = entry.get("leave_sweep_out", {})
+    if not errors.get("n"):
+        return ""
+    return (
+        f"; decode on {where}, runs left out of the fit in whole sweeps: median error "
+        f"{100 * errors['median']:.0f} %, 90th percentile {100 * errors['p90']:.0f} % "
+        f"({errors['n']} runs)"
+    )
 
 
 def nearest_text(run: NearestRun) -> str:

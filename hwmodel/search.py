@@ -269,12 +269,19 @@ def make_candidate(
 ) -> Candidate:
     """A candidate as stated, whether it holds or not."""
     backend = backend_of(engine, request.device)
+    placement = placement or Placement(split=split)
+    if 1 < request.device.max_per_host < count:  # the slowest link decides: between machines
+        placement = dataclasses.replace(
+            placement,
+            link_kind="network",
+            link_bytes_per_s=request.device.network_bytes_per_s,
+        )
     run = RunConfig(
         model=request.model,
         quant=load_quant(quant),
         devices=(DeviceCount(request.device, count),),
         engine=EngineChoice(engine, backend, engine.version, engine.date),
-        placement=placement or Placement(split=split),
+        placement=placement,
         workload=Workload(
             depth=0,
             concurrency=request.concurrency,

@@ -122,13 +122,16 @@ def test_llama_server_knows_every_option_of_a_command(case: dict[str, int]) -> N
     assert ("--rpc host2:50052" in command) == (case["hosts"] == 2)
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("split", ["tensor", "expert"])
 @pytest.mark.parametrize(("name", "before"), [("vllm", 3), ("sglang", 2)])
-def test_server_commands_use_recorded_options(name: str, before: int, split: str) -> None:
+def test_server_commands_use_recorded_options(
+    name: str, before: int, split: str, hosts: int
+) -> None:
     command = build_command(
         Launch(
             load_engine(name), "cuda", "FP8-experts", 65536, count=4, kv_type="fp8", sequences=8,
-            placement=Placement(split=split), drafts=3,  # type: ignore[arg-type]
+            placement=Placement(split=split), drafts=3, hosts=hosts,  # type: ignore[arg-type]
         )
     )  # fmt: skip
     assert "stepfun-ai/Step-3.5-Flash-FP8" in command
