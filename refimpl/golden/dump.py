@@ -73,8 +73,7 @@ def golden_arrays(
         for k, (forced, rows) in enumerate(model.mtp_teacher_forced(tokens, hidden)):
             arrays[f"mtp_forced_logits_{k}"] = forced
             arrays[f"mtp_forced_hidden_{k}"] = rows
-        if new:
-            arrays.update(_speculation(model, tokens, new, step))
+        arrays.update(_speculation(model, tokens, new, step))
     return arrays
 
 
@@ -102,9 +101,9 @@ def _greedy(model: Backend, cache: Cache, last: Array, new: int) -> dict[str, Ar
 
 
 def _speculation(model: Backend, tokens: Sequence[int], new: int, chunk: int) -> dict[str, Array]:
-    """Draft from every MTP layer and verify, until `new` tokens are settled."""
+    """Draft from every MTP layer and verify, until `new` tokens are settled (0: draft once)."""
     depth = model.config.num_nextn_predict_layers
-    cache = model.new_cache(len(tokens) + new + depth)
+    cache = model.new_cache(len(tokens) + (new + depth if new else 0))
     drafts: list[int] = []
     for i in range(0, len(tokens), chunk):
         part = tokens[i : i + chunk]
@@ -129,7 +128,7 @@ def _speculation(model: Backend, tokens: Sequence[int], new: int, chunk: int) ->
         if sum(accepted) + len(accepted) < new:
             following = [*drafts[:a], newest]
             drafts = model.draft(cache, step.hidden[: a + 1], following, depth, _Recorder())
-    return {**arrays, "spec_accepted": np.asarray(accepted)}
+    return {**arrays, "spec_accepted": np.asarray(accepted, dtype=np.int64)}
 
 
 class _Recorder:

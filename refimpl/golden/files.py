@@ -4,8 +4,10 @@ Arrays (axes: T prompt, N new tokens, L trunk layers, M MoE layers, H hidden_siz
 k experts per token): `prompt` (T,), `logits` (T, V), `hidden` (L+1, T, H), `final` (T, H),
 `attn_out`, `ffn_out` (L, T, H), `moe_layers` (M,), `route_idx`, `route_w` (M, T, k),
 `route_margin` (M, T); with new tokens `greedy` (N,), `greedy_logits` (N, V); with MTP layers
-`mtp_forced_logits_j` (T-1-j, V), `mtp_forced_hidden_j` (T-1-j, H), `draft_chain`,
-`draft_chain_logits`, `spec_accepted`.
+`mtp_forced_logits_j` (T-1-j, V), `mtp_forced_hidden_j` (T-1-j, H) teacher-forced over the prompt;
+`draft_chain` (J,), `draft_chain_logits` (J, V): one draft per MTP layer after the prompt and its
+greedy continuation; `spec_accepted`: accepted drafts of each verification at full depth.
+Floats are in the run's own precision (bf16 runs: float32 arrays that hold bf16 values).
 """
 
 from __future__ import annotations

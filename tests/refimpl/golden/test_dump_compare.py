@@ -73,6 +73,16 @@ def test_speculation_steps_settle_exactly_the_wanted_tokens(golden: dict[str, np
     assert (1 + accepted).sum() >= N > (1 + accepted[:-1]).sum()
 
 
+def test_without_new_tokens_one_chain_is_drafted(
+    tiny: Tiny, ids: list[int], golden: dict[str, np.ndarray]
+) -> None:
+    short = golden_arrays(ReferenceModel(tiny("tiny_a"), "float64"), ids)
+    np.testing.assert_array_equal(short["draft_chain"], golden["draft_chain"])
+    np.testing.assert_array_equal(short["draft_chain_logits"], golden["draft_chain_logits"])
+    assert short["spec_accepted"].shape == (0,)
+    assert "greedy" not in short
+
+
 def test_drafts_are_verified_against_the_greedy_text(tiny: Tiny, ids: list[int]) -> None:
     """With drafts that are always right, every step settles one token more than it drafts."""
     model = ReferenceModel(tiny("tiny_a"), "float64")
