@@ -131,7 +131,7 @@ def _table(result: Comparison) -> str:
         numbers = " ".join(_number(x) for x in (d.max, d.rms, d.nmse, d.kl_mean, d.kl_p95))
         lines.append(f"{mark}{d.place:28} {numbers} {_share(d.top1)} {_share(d.top5)}".rstrip())
     if result.missing:
-        lines.append(f"only in one file: {', '.join(result.missing)}")
+        lines.append(f"not in both files: {', '.join(result.missing)}")
     return "\n".join([*lines, *_verdict(result)])
 
 

@@ -19,6 +19,7 @@ Array = NDArray[Any]
 # Largest tolerated |difference| in units of max(1, rms of the first file's array), by the less
 # precise run: float64 and float32 as the golden tests demand, bf16 a few units in the last place.
 TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "bf16": 5e-2}
+_AFTER_PROMPT = ("greedy", "greedy_logits", "spec_accepted")
 _LAYERED = ("attn_out", "ffn_out", "hidden")
 _SHOWN = 4
 
@@ -58,7 +59,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All differences in order of computation, and the verdict."""
+    """All differences in order of computation, and the verdict.
+
+    `missing` names the arrays that only one file holds, or both with another number of new tokens.
+    """
 
     differences: list[Difference]
     tolerance: float
@@ -77,7 +81,7 @@ class Comparison:
             "tolerance": self.tolerance,
             "first_departure": None if first is None else {"place": first.place, **asdict(first)},
             "differences": [{"place": d.place, **asdict(d)} for d in self.differences],
-            "only_in_one_file": self.missing,
+            "not_in_both_files": self.missing,
         }
 
 
@@ -98,7 +102,7 @@ def compare(
     """
     if "prompt" in a and "prompt" in b and not np.array_equal(a["prompt"], b["prompt"]):
         raise InputError("the two files were made from different prompts; compare like with like")
-    common = [name for name in _order(a) if name in b]
+    common = [n for n in _order(a) if n in b and not _another_length(n, a, b)]
     if not common:
         raise InputError("the two files have no array in common; expected at least `logits`")
     for name in common:
@@ -113,8 +117,13 @@ def compare(
         names = [d or _precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
         tolerance = max(TOLERANCE.get(n, TOLERANCE["float32"]) for n in names)
     differences = list(_differences(a, b, common, tolerance))
-    missing = sorted(set(a) ^ set(b))
-    return Comparison(differences, tolerance, missing)
+    missing = {*(set(a) ^ set(b)), *(n for n in a if n in b and _another_length(n, a, b))}
+    return Comparison(differences, tolerance, sorted(missing))
+
+
+def _another_length(name: str, a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
+    """True for what depends on the number of new tokens, if that differs: not comparable."""
+    return name in _AFTER_PROMPT and len(a[name]) != len(b[name])
 
 
 def _precision(arrays: Mapping[str, Array]) -> str:
