@@ -135,8 +135,9 @@ def _order(arrays: Mapping[str, Array]) -> list[str]:
     """Array names in the order in which a model computes them; indices have no magnitude."""
     rest = ["final", "logits", "greedy", "greedy_logits"]
     known = [*_LAYERED, "route_idx", "route_w", *rest]
-    later = sorted(n for n in arrays if n.startswith(("mtp_", "draft_", "spec_")))
-    return [n for n in [*known, *later] if n in arrays]
+    mtp = sorted((n for n in arrays if n.startswith("mtp_")), key=lambda n: (n[-1], n))
+    later = sorted(n for n in arrays if n.startswith(("draft_", "spec_")))
+    return [n for n in [*known, *mtp, *later] if n in arrays]
 
 
 def _differences(
