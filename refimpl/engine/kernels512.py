@@ -36,7 +36,6 @@ from refimpl.engine.vec import (
     literal,
     load,
     load_f16,
-    load_i64,
     load_u8,
     load_u16,
     load_u32,

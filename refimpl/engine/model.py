@@ -1,0 +1,229 @@
+"""The engine as a backend: the same inputs and outputs as the reference, at memory speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.backend import Array, Cache, Step, Tokens
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.config import ModelConfig
+from refimpl.decoding.kv import SPECULATIVE_ROWS
+from refimpl.engine.attention import KV_TYPES, KvType
+from refimpl.engine.caches import EngineCache, cache_bytes
+from refimpl.engine.memory import require_memory
+from refimpl.engine.program import Program
+from refimpl.engine.simd import choose_simd
+from refimpl.engine.threads import Team, default_threads
+from refimpl.errors import InputError
+
+_MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
+MICRO_BATCH = 256
+"""Rows that run through the model at once in prefill."""
+
+
+class EngineModel:
+    """Step 3.5 on quantised blocks in place; implements `refimpl.backend.Backend`.
+
+    Args:
+        source: an open checkpoint; its tensors are read where they lie in the memory map.
+        threads: threads to use; default the physical cores.
+        exact: float32 activations and KV, instead of int8 activations for block types.
+        kv_type: 'f16', 'f32' or 'q8_0'; default f16, with `exact` f32.
+        simd: 'avx512', 'avx2' or 'portable'; default `REFIMPL_SIMD` or the best.
+        micro_batch: rows at once in prefill.
+        ring: False keeps all rows on sliding layers too (for tests of the ring).
+
+    A row's result has the same bits for any number of threads, any chunking of a prompt and any
+    number of drafts.
+
+    Raises:
+        InputError: an option that cannot be, or a tensor of a type without kernels.
+        CheckpointError: a tensor whose bytes are not as they should be.
+    """
+
+    def __init__(
+        self,
+        source: StoredSource,
+        threads: int | None = None,
+        exact: bool = False,
+        kv_type: str | None = None,
+        simd: str | None = None,
+        micro_batch: int = MICRO_BATCH,
+        ring: bool = True,
+    ) -> None:
+        if micro_batch < _MAX_DECODE_ROWS:
+            raise InputError(f"micro_batch is {micro_batch}, expected {_MAX_DECODE_ROWS} or more")
+        self._source, self._ring, self._micro_batch = source, ring, micro_batch
+        self._kv = _kv_type(kv_type or ("f32" if exact else "f16"))
+        self._team = Team(default_threads() if threads is None else threads)
+        self._program = Program(
+            source, self._team, choose_simd(simd), exact, self._kv, micro_batch
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The checkpoint's configuration."""
+        return self._source.config
+
+    @property
+    def threads(self) -> int:
+        """Threads in use."""
+        return self._team.size
+
+    def cache_bytes(self, capacity: int) -> int:
+        """Memory of a cache for `capacity` tokens."""
+        return cache_bytes(self.config, self._kv, capacity, self._micro_batch, self._ring)
+
+    def new_cache(self, capacity: int) -> EngineCache:
+        """An empty cache for at most `capacity` tokens.
+
+        Raises:
+            InputError: the capacity is not between 1 and the model's context, or its memory
+                is not free.
+        """
+        limit = self.config.max_position_embeddings
+        if not 0 < capacity <= limit:
+            raise InputError(f"a context of {capacity} tokens is asked for; the model has {limit}")
+        require_memory(
+            self.cache_bytes(capacity), f"a context of {capacity} tokens ({self._kv.name} KV)"
+        )
+        return EngineCache(
+            self, self.config, self._kv, capacity, self._micro_batch, self._ring
+        )
+
+    def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
+        """Append a chunk of T prompt tokens; logits (1, V), or (T, V) with `all_logits`."""
+        ids, own = self._checked(tokens, cache)
+        logits, hidden = [], []
+        for at in range(0, len(ids), self._micro_batch):
+            part = ids[at : at + self._micro_batch]
+            last = at + len(part) == len(ids)
+            wanted = len(part) if all_logits else int(last)
+            step = self._trunk(part, own, wanted)
+            logits.append(step.logits)
+            hidden.append(step.hidden)
+        return Step(np.concatenate(logits), np.concatenate(hidden))
+
+    def decode(self, tokens: Tokens, cache: Cache) -> Step:
+        """Append 1..4 tokens; logits (T, V) of every row."""
+        ids, own = self._checked(tokens, cache)
+        if len(ids) > _MAX_DECODE_ROWS:
+            raise InputError(f"decode takes 1 to {_MAX_DECODE_ROWS} tokens, not {len(ids)}")
+        return self._trunk(ids, own, len(ids))
+
+    def draft(
+        self,
+        cache: Cache,
+        hidden: Array,
+        next_tokens: Tokens,
+        depth: int,
+        choose: Callable[[Array], int],
+    ) -> list[int]:
+        """Feed verified rows to the MTP layers and draft up to `depth` tokens.
+
+        Layer k's row t takes the embedding of x_{t+1+k} and, for k = 0, the trunk's hidden row,
+        else layer k-1's output at t (see `refimpl.reference.mtp`). Rows whose token is a draft
+        are computed again once it is verified.
+        """
+        own = self._own(cache)
+        layers = self.config.num_nextn_predict_layers
+        if not 0 <= depth <= layers:
+            raise InputError(f"{depth} drafts asked for; the model has {layers} MTP layers")
+        if not layers:
+            return []
+        n, state = own.length, own.mtp
+        if len(hidden) != len(next_tokens) or state.rows + len(hidden) != n or not len(hidden):
+            raise ValueError(
+                f"draft() was given rows up to {state.rows + len(hidden)} with "
+                f"{len(next_tokens)} tokens after {n} trunk tokens; every verified row must be "
+                "passed once, in order"
+            )
+        newest = self._ids(next_tokens)[-1:].tolist()
+        state.rows = n
+        state.add(0, hidden)
+        drafts: list[int] = []
+        carried = np.empty((0, self.config.hidden_size), dtype=np.float32)
+        for k in range(depth):
+            start, waiting = state.take(k)
+            u = np.concatenate([*waiting, carried])  # (R, H)
+            positions = range(start + k + 1, start + k + 1 + len(u))
+            tail = [*newest, *drafts]
+            ids = [own.tokens[i] if i < n else tail[i - n] for i in positions]
+            rows, logits = self._mtp_rows(k, u, ids, start, own)
+            verified = max(0, min(len(u), n - k - start))  # rows whose token is no draft
+            state.start[k] = start + verified
+            if len(u) - verified > len(carried):
+                raise AssertionError("a waiting row's token is not known")
+            waiting_again = u[verified : len(u) - len(carried)]
+            state.add(k, waiting_again)
+            if k + 1 < layers:
+                if not state.pending[k + 1]:
+                    state.start[k + 1] = max(state.start[k + 1], start)
+                state.add(k + 1, rows[:verified])
+            carried = rows[verified:]
+            drafts.append(int(choose(logits)))
+        return drafts
+
+    def close(self) -> None:
+        """End the engine's threads; the model cannot be used afterwards."""
+        self._team.close()
+
+    def _trunk(self, ids: Array, cache: EngineCache, wanted: int) -> Step:
+        """Run T rows; logits of the last `wanted` ones."""
+        h = self._source.rows("embed_tokens", None, ids.tolist(), np.float32)
+        n = self.config.num_hidden_layers
+        hidden, logits = self._program.run(
+            h, range(n), cache, cache.length, len(ids) - wanted
+        )
+        cache.tokens.extend(ids.tolist())
+        cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
+        return Step(logits, hidden)
+
+    def _mtp_rows(
+        self, k: int, u: Array, ids: list[int], start: int, cache: EngineCache
+    ) -> tuple[Array, Array]:
+        """Rows (R, H) of MTP layer k from position `start`, and the last one's logits (V,)."""
+        layer = self.config.num_hidden_layers + k
+        out = []
+        for at in range(0, len(u), self._micro_batch):
+            part = slice(at, at + self._micro_batch)
+            embedded = self._source.rows("embed_tokens", None, ids[part], np.float32)
+            count = len(embedded)
+            last = at + count == len(u)
+            rows, logits = self._program.run(
+                u[part], range(layer, layer + 1), cache, start + at,
+                count - 1 if last else count, embedded,
+            )  # fmt: skip
+            out.append(rows)
+        return np.concatenate(out), logits[0]
+
+    def _checked(self, tokens: Tokens, cache: Cache) -> tuple[Array, EngineCache]:
+        own, ids = self._own(cache), self._ids(tokens)
+        if own.length + len(ids) > own.capacity:
+            needed = own.length + len(ids)
+            raise InputError(f"{needed} tokens do not fit the context of {own.capacity}")
+        return ids, own
+
+    def _own(self, cache: Cache) -> EngineCache:
+        if not isinstance(cache, EngineCache) or cache.owner is not self:
+            raise InputError("this cache belongs to another model; make one with new_cache()")
+        return cache
+
+    def _ids(self, tokens: Tokens) -> Any:
+        ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        vocab = self.config.vocab_size
+        if not len(ids):
+            raise InputError("no tokens given; at least one is needed")
+        if ids.min() < 0 or ids.max() >= vocab:
+            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
+            raise InputError(f"token id {bad} is outside the vocabulary of {vocab}")
+        return ids
+
+
+def _kv_type(name: str) -> KvType:
+    if name not in KV_TYPES:
+        raise InputError(f"kv type is {name!r}, expected one of {', '.join(KV_TYPES)}")
+    return KV_TYPES[name]

@@ -1,0 +1,224 @@
+"""Routed experts: selection, grouping by expert, and the two products.
+
+A *pair* is a row and one of its k experts: pair t k + s is row t's s-th expert, in ascending
+expert order. Each selected expert's matrices are read once per step, whatever the number of rows
+that chose it. Outputs are summed in ascending expert order, then the shared expert's is added.
+
+The group table holds int64: how many experts are used, their numbers (E places), where each one's
+pairs begin (E + 1 places), and the pairs (T k).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from refimpl.engine.fields import Layer, Matrix, Step, field, float_field
+from refimpl.engine.maths import add_rows, add_scaled, fill_zero, vsigmoid
+from refimpl.engine.vec import (
+    F32x16,
+    load,
+    load_f32,
+    load_i64,
+    load_u8,
+    store,
+    store_f32,
+    store_i8,
+    store_i64,
+)
+from refimpl.engine.work import (
+    FIRST_Y,
+    UNUSED_Y,
+    FREE,
+    MAX_CHUNK,
+    claim,
+    claims,
+    product,
+    product_rows,
+    swiglu_rows,
+)
+
+_RENORMALISATION_EPS = np.float32(1e-20)  # as in refimpl.reference.moe
+
+
+def group_table_bytes(experts: int, pairs: int) -> int:
+    """Size of the group table."""
+    return 8 * (2 + 2 * experts + pairs)
+
+
+@njit
+def select(step, layer, t, mine):  # type: ignore[no-untyped-def]
+    """The experts of row t, ascending, and their weights; ties go to the lower index."""
+    experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
+    logits = field(step, Step.LOGITS) + t * field(step, Step.LOGITS_BYTES)
+    bias = field(layer, Layer.ROUTER_BIAS)
+    taken = mine + FREE
+    for e in range(experts):
+        store_i8(taken + e, 0)
+    for i in range(0, 4 * experts, 64):  # the rows of logits are padded to 16
+        store(logits + i, vsigmoid(load(F32x16, logits + i)))
+    for _ in range(k):
+        best = np.int64(-1)
+        best_score = np.float32(0)
+        for e in range(experts):
+            if load_u8(taken + e) == 0:
+                score = load_f32(logits + 4 * e) + load_f32(bias + 4 * e)
+                if best < 0 or score > best_score:
+                    best, best_score = e, score
+        store_i8(taken + best, 1)
+    total = np.float32(0)
+    pair = t * k
+    chosen, weights = field(step, Step.CHOSEN), field(step, Step.WEIGHTS)
+    for e in range(experts):
+        if load_u8(taken + e) != 0:
+            store_i64(chosen + 8 * pair, e)
+            store_f32(weights + 4 * pair, load_f32(logits + 4 * e))
+            total += load_f32(logits + 4 * e)
+            pair += 1
+    scale = float_field(step, Step.ROUTER_SCALE)
+    for pair in range(t * k, t * k + k):
+        weight = load_f32(weights + 4 * pair) / (total + _RENORMALISATION_EPS)
+        store_f32(weights + 4 * pair, weight * scale)
+
+
+@njit
+def group_by_expert(step):  # type: ignore[no-untyped-def]
+    """Fill the group table from the selection of all rows."""
+    experts = field(step, Step.EXPERTS)
+    pairs = field(step, Step.ROWS) * field(step, Step.TOP_K)
+    table, chosen = field(step, Step.GROUPS), field(step, Step.CHOSEN)
+    numbers, starts = table + 8, table + 8 + 8 * experts
+    ordered = starts + 8 * (experts + 1)
+    for e in range(experts):
+        store_i64(numbers + 8 * e, 0)  # first the count of pairs of each expert
+    for pair in range(pairs):
+        at = numbers + 8 * load_i64(chosen + 8 * pair)
+        store_i64(at, load_i64(at) + 1)
+    used = np.int64(0)
+    begin = np.int64(0)
+    for e in range(experts):  # then, from the front, the numbers of those with any
+        count = load_i64(numbers + 8 * e)
+        if count > 0:
+            store_i64(numbers + 8 * used, e)
+            store_i64(starts + 8 * used, begin)
+            begin += count
+            used += 1
+    store_i64(starts + 8 * used, begin)
+    store_i64(table, used)
+    _place_pairs(pairs, chosen, numbers, starts, ordered, used)
+
+
+@njit
+def _place_pairs(pairs, chosen, numbers, starts, ordered, used):  # type: ignore[no-untyped-def]
+    """Put every pair behind those of its expert: advance each start, then set them back."""
+    for pair in range(pairs):
+        e = load_i64(chosen + 8 * pair)
+        low, high = np.int64(0), used - 1
+        while low < high:
+            middle = (low + high) // 2
+            if load_i64(numbers + 8 * middle) < e:
+                low = middle + 1
+            else:
+                high = middle
+        at = load_i64(starts + 8 * low)
+        store_i64(ordered + 8 * at, pair)
+        store_i64(starts + 8 * low, at + 1)
+    for i in range(used, 0, -1):
+        store_i64(starts + 8 * i, load_i64(starts + 8 * i - 8))
+    store_i64(starts, 0)
+
+
+@njit(forceinline=True)
+def _pair(ordered: Any, i: Any, end: Any) -> Any:
+    return load_i64(ordered + 8 * min(i, end - 1))
+
+
+@njit
+def expert_swiglu_phase(step, layer, mine):  # type: ignore[no-untyped-def]
+    """SwiGLU products of all pairs; no barrier at the end."""
+    gate, up = field(layer, Layer.GATE), field(layer, Layer.UP)
+    experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
+    table = field(step, Step.GROUPS)
+    starts = table + 8 + 8 * experts
+    ordered = starts + 8 * (experts + 1)
+    x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    y, y_bytes = field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES)
+    width, chunk = field(gate, Matrix.ROWS), field(gate, Matrix.CHUNK)
+    limit = float_field(layer, Layer.LIMIT)
+    per_expert = (width + chunk - 1) // chunk
+    units = load_i64(table) * per_expert
+    counter = claims(step, mine)
+    while True:
+        unit = claim(counter)
+        if unit >= units:
+            return
+        number, first = unit // per_expert, unit % per_expert * chunk
+        expert = load_i64(table + 8 + 8 * number)
+        gates = field(gate, Matrix.ADDRESS) + expert * field(gate, Matrix.EXPERT_BYTES)
+        ups = field(up, Matrix.ADDRESS) + expert * field(up, Matrix.EXPERT_BYTES)
+        start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
+        for i in range(start, end, 4):
+            p0, p1 = _pair(ordered, i, end), _pair(ordered, i + 1, end)
+            p2, p3 = _pair(ordered, i + 2, end), _pair(ordered, i + 3, end)
+            swiglu_rows(gate, up, gates, ups, first, min(chunk, width - first), min(4, end - i),
+                        x + p0 // k * x_bytes, x + p1 // k * x_bytes,
+                        x + p2 // k * x_bytes, x + p3 // k * x_bytes,
+                        y + p0 * y_bytes, y + p1 * y_bytes, y + p2 * y_bytes, y + p3 * y_bytes,
+                        limit, mine)  # fmt: skip
+
+
+@njit
+def expert_down_phase(step, layer, mine):  # type: ignore[no-untyped-def]
+    """h += sum of weighted expert outputs + shared expert; no barrier at the end."""
+    down, shared = field(layer, Layer.DOWN), field(layer, Layer.SHARED_DOWN)
+    rows, count = field(down, Matrix.ROWS), field(step, Step.ROWS)
+    chunk = field(down, Matrix.CHUNK)
+    h, routed = field(step, Step.H), field(step, Step.ROUTED)
+    h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
+    xs, xs_bytes = field(step, Step.SHARED_BLOB), field(step, Step.SHARED_BLOB_BYTES)
+    y = mine + FIRST_Y
+    counter = claims(step, mine)
+    while True:
+        first = claim(counter) * chunk
+        if first >= rows:
+            return
+        n = min(chunk, rows - first)
+        for t in range(count):
+            fill_zero(routed + t * h_bytes + 4 * first, n)
+        _add_experts(step, down, first, n, mine)
+        for t in range(0, count, 4):
+            m = min(4, count - t)
+            product_rows(shared, first, n, xs + t * xs_bytes, xs_bytes, m, y, 4 * MAX_CHUNK, mine)
+            for i in range(m):
+                at = (t + i) * h_bytes + 4 * first
+                add_rows(routed + at, y + i * 4 * MAX_CHUNK, n)
+                add_rows(h + at, routed + at, n)
+
+
+@njit
+def _add_experts(step, down, first, n, mine):  # type: ignore[no-untyped-def]
+    """routed += weighted outputs of all pairs, rows first..first+n, experts ascending."""
+    experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
+    table, weights = field(step, Step.GROUPS), field(step, Step.WEIGHTS)
+    starts = table + 8 + 8 * experts
+    ordered = starts + 8 * (experts + 1)
+    x, x_bytes = field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES)
+    routed = field(step, Step.ROUTED) + 4 * first
+    h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
+    y = mine + FIRST_Y
+    for number in range(load_i64(table)):
+        w = field(down, Matrix.ADDRESS) + first * field(down, Matrix.ROW_BYTES)
+        w += load_i64(table + 8 + 8 * number) * field(down, Matrix.EXPERT_BYTES)
+        start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
+        for i in range(start, end, 4):
+            p0, p1 = _pair(ordered, i, end), _pair(ordered, i + 1, end)
+            p2, p3 = _pair(ordered, i + 2, end), _pair(ordered, i + 3, end)
+            m = min(4, end - i)
+            product(down, w, n, m, x + p0 * x_bytes, x + p1 * x_bytes, x + p2 * x_bytes,
+                    x + p3 * x_bytes, y, 4 * MAX_CHUNK, mine + UNUSED_Y)  # fmt: skip
+            for j in range(m):
+                pair = _pair(ordered, i + j, end)
+                to = routed + pair // k * h_bytes
+                add_scaled(to, y + j * 4 * MAX_CHUNK, load_f32(weights + 4 * pair), n)

@@ -1,0 +1,221 @@
+"""The prepared program of a checkpoint: its records, its working memory, and running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refimpl.backend import Array
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.engine.activations import prepare, scratch_bytes
+from refimpl.engine.attention import KvType, state_bytes
+from refimpl.engine.caches import EngineCache
+from refimpl.engine.fields import Step, float_bits
+from refimpl.engine.memory import Bytes, address, require_memory, round_up, zeroed
+from refimpl.engine.moe import group_table_bytes
+from refimpl.engine.records import LayerRecord, Records, Site, layer_record
+from refimpl.engine.simd import Simd
+from refimpl.engine.step import CLAIMS_PER_LAYER, runner
+from refimpl.engine.threads import Team
+from refimpl.engine.work import CLAIM_BYTES, FREE
+from refimpl.reference.rope import angles, frequencies
+
+
+@dataclass(frozen=True)
+class _Head:
+    """An output head with its norm, and the MTP layer's input projection where there is one."""
+
+    matrix: int
+    norm: int
+    site: Site
+    eh: int = 0
+    eh_site: Site | None = None
+    enorm: int = 0
+    hnorm: int = 0
+
+
+class Program:
+    """Runs rows through ranges of layers of one checkpoint, one call at a time."""
+
+    def __init__(
+        self,
+        source: StoredSource,
+        team: Team,
+        simd: Simd,
+        exact: bool,
+        kv: KvType,
+        max_rows: int,
+    ) -> None:
+        self._config, self._team, self._max_rows = source.config, team, max_rows
+        self._records = Records(source, simd, exact)
+        self._freqs: list[Array] = []
+        self._layers = [self._layer(i) for i in range(self._config.num_layers)]
+        self._heads = self._all_heads()
+        self._table: NDArray[np.int64] = np.array([r.address for r in self._layers], np.int64)
+        self._step = self._records.record(Step.SIZE)
+        self._memory: list[Bytes] = []
+        self._barrier = zeroed(64)
+        self._allocate()
+        self._fixed_fields(prepare(simd).address)
+        self._run = runner(simd, kv).ctypes
+
+    def run(
+        self,
+        h: Array,
+        layers: range,
+        cache: EngineCache,
+        start: int,
+        head_first: int,
+        embedded: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Run rows through layers: h (T, H) float32 -> (T, H) and logits (T - head_first, V).
+
+        Args:
+            layers: consecutive layers, of the trunk or one MTP layer.
+            start: position of the first row.
+            head_first: first row whose logits are wanted.
+            embedded: (T, H) embeddings; with them the MTP layer's input projection comes first.
+
+        Raises:
+            CheckpointError: the checkpoint file shrank.
+        """
+        self._records.check_files()
+        count, step = len(h), self._step
+        head = self._heads[layers[-1]]
+        rows = self._h[:count]
+        rows[:] = h
+        self._rotations(start, count)
+        step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
+        step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
+        step[Step.KV_TABLE] = address(cache.table) + 8 * layers[0]
+        step[Step.EMBEDDED] = 0
+        if embedded is not None:
+            given = np.ascontiguousarray(embedded, dtype=np.float32)
+            step[Step.EMBEDDED] = address(given)
+            assert head.eh_site is not None
+            step[Step.EH], step[Step.EH_PLAN] = head.eh, address(head.eh_site.plan)
+            step[Step.ENORM], step[Step.HNORM] = head.enorm, head.hnorm
+        logits = np.empty((count - head_first, self._config.vocab_size), dtype=np.float32)
+        step[Step.HEAD] = head.matrix if len(logits) else 0
+        step[Step.FINAL_NORM], step[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
+        step[Step.HEAD_FIRST] = head_first
+        step[Step.OUT_LOGITS], step[Step.OUT_BYTES] = address(logits), 4 * logits.shape[1]
+        self._claims[:] = 0
+        step[Step.BARRIER_BASE] = int(self._barrier[:8].view(np.int64)[0])
+        self._team.run(self._run, address(step))
+        return rows.copy(), logits
+
+    def _layer(self, index: int) -> LayerRecord:
+        c = self._config
+        spec = c.layers[index]
+        freqs = frequencies(spec)
+        same = (i for i, f in enumerate(self._freqs) if np.array_equal(f, freqs))
+        rope = next(same, len(self._freqs))
+        if rope == len(self._freqs):
+            self._freqs.append(freqs)
+        widths = (c.moe_intermediate_size if spec.is_moe else c.intermediate_size,
+                  c.share_expert_dim)  # fmt: skip
+        return layer_record(self._records, spec, rope, c.hidden_size, widths)
+
+    def _all_heads(self) -> dict[int, _Head]:
+        """The output head behind the trunk's last layer and behind each MTP layer."""
+        c, records = self._config, self._records
+        site = records.site(c.hidden_size, ("lm_head",), None)
+        last = c.num_hidden_layers - 1
+        heads = {last: _Head(records.matrix("lm_head", None, site), records.norm("norm", None),
+                             site)}  # fmt: skip
+        for i in range(c.num_hidden_layers, c.num_layers):
+            site = records.site(c.hidden_size, ("shared_head.output",), i)
+            eh_site = records.site(2 * c.hidden_size, ("eh_proj",), i)
+            heads[i] = _Head(
+                records.matrix("shared_head.output", i, site),
+                records.norm("shared_head.norm", i),
+                site,
+                records.matrix("eh_proj", i, eh_site),
+                eh_site,
+                records.norm("enorm", i),
+                records.norm("hnorm", i),
+            )
+        return heads
+
+    def _allocate(self) -> None:
+        """Working memory for `max_rows` rows; pages are taken when first used."""
+        c, t, step = self._config, self._max_rows, self._step
+        sites = [h.site for h in self._heads.values()]
+        sites += [h.eh_site for h in self._heads.values() if h.eh_site]
+        inputs = [r.input for r in self._layers] + sites
+        shared = [r.shared for r in self._layers if r.shared]
+        heads = max(s.num_attention_heads for s in c.layers)
+        group_heads = max(s.num_attention_heads // s.num_attention_groups for s in c.layers)
+        kv_bytes = 4 * c.num_attention_groups * c.head_dim
+        moe = any(s.is_moe for s in c.layers)
+        experts, k = (c.moe_num_experts, c.moe_top_k) if moe else (0, 1)
+        columns = max(2 * c.hidden_size, c.intermediate_size, heads * c.head_dim,
+                      c.moe_intermediate_size, c.share_expert_dim)  # fmt: skip
+        free = max(scratch_bytes(columns), state_bytes(group_heads, c.head_dim), experts)
+        hidden = max(r.hidden.blob_bytes for r in self._layers)
+        per_row = {
+            Step.BLOB_BYTES: max(s.blob_bytes for s in inputs),
+            Step.QUERY_BYTES: 4 * heads * c.head_dim,
+            Step.KV_BYTES: kv_bytes,
+            Step.GATE_BYTES: 4 * round_up(heads, 16),
+            Step.HEADS_BLOB_BYTES: max(r.heads.blob_bytes for r in self._layers),
+            Step.LOGITS_BYTES: 4 * round_up(experts, 16),
+            Step.HIDDEN_BLOB_BYTES: hidden,
+            Step.SHARED_BLOB_BYTES: max((s.blob_bytes for s in shared), default=0),
+            Step.SCRATCH_BYTES: round_up(FREE + free, 4096),
+        }
+        for number, size in per_row.items():
+            step[number] = size
+        wanted = {
+            Step.H: t * 4 * c.hidden_size,
+            Step.BLOB: t * per_row[Step.BLOB_BYTES],
+            Step.QUERIES: t * per_row[Step.QUERY_BYTES],
+            Step.KEYS: t * kv_bytes,
+            Step.VALUES: t * kv_bytes,
+            Step.GATES: t * per_row[Step.GATE_BYTES],
+            Step.HEADS_BLOB: t * per_row[Step.HEADS_BLOB_BYTES],
+            Step.LOGITS: t * per_row[Step.LOGITS_BYTES],
+            Step.CHOSEN: 8 * t * k,
+            Step.WEIGHTS: 4 * t * k,
+            Step.GROUPS: group_table_bytes(experts, t * k),
+            Step.HIDDEN_BLOB: t * k * hidden,
+            Step.SHARED_BLOB: t * per_row[Step.SHARED_BLOB_BYTES],
+            Step.ROUTED: t * 4 * c.hidden_size,
+            Step.SCRATCH: self._team.size * per_row[Step.SCRATCH_BYTES],
+            Step.CLAIMS: CLAIM_BYTES * (CLAIMS_PER_LAYER * c.num_layers + 16),
+        }
+        require_memory(sum(wanted.values()), f"working memory for {t} rows at once")
+        parts = {number: zeroed(size) for number, size in wanted.items()}
+        self._memory = list(parts.values())
+        for number, part in parts.items():
+            step[number] = address(part)
+        self._h = parts[Step.H].view(np.float32).reshape(t, c.hidden_size)
+        self._claims = parts[Step.CLAIMS]
+        self._tables = [
+            [zeroed(4 * t * len(f)).view(np.float32).reshape(t, len(f)) for f in self._freqs]
+            for _ in range(2)
+        ]
+
+    def _fixed_fields(self, prepare_address: int) -> None:
+        c, step = self._config, self._step
+        step[Step.HIDDEN_SIZE], step[Step.EXPERTS] = c.hidden_size, c.moe_num_experts
+        step[Step.TOP_K] = c.moe_top_k
+        step[Step.EPS] = float_bits(c.rms_norm_eps)
+        step[Step.ROUTER_SCALE] = float_bits(c.moe_router_scaling_factor)
+        step[Step.THREADS], step[Step.BARRIER] = self._team.size, address(self._barrier)
+        step[Step.PREPARE] = prepare_address
+        for number, tables in zip((Step.COS, Step.SIN), self._tables, strict=True):
+            places = np.array([address(t) for t in tables], dtype=np.int64)
+            step[number] = self._records.keep(places)
+
+    def _rotations(self, start: int, count: int) -> None:
+        """cos and sin of the rows' positions, formed in float64."""
+        positions = np.arange(start, start + count)
+        for i, freqs in enumerate(self._freqs):
+            cos, sin = angles(positions, freqs)  # (T, R/2) each
+            self._tables[0][i][:count] = cos
+            self._tables[1][i][:count] = sin
+

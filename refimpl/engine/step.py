@@ -1,0 +1,264 @@
+"""T rows through the model, whole, in one function without the interpreter's lock.
+
+`runner(simd, kv)` gives the compiled function (step record, thread number) that every thread
+calls; it goes through the layers of the record and, where asked for, the MTP input projection
+before and the output head after them. Shapes and meanings are in `refimpl.engine.fields`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from numba import cfunc, njit, types
+
+from refimpl.engine.attention import KvType, attend, store_key, store_value
+from refimpl.engine.fields import Kv, Layer, Step, field, float_field
+from refimpl.engine.maths import rms_norm, rotate
+from refimpl.engine.moe import (
+    expert_down_phase,
+    expert_swiglu_phase,
+    group_by_expert,
+    select,
+)
+from refimpl.engine.simd import Simd
+from refimpl.engine.vec import load_i64
+from refimpl.engine.work import (
+    FREE,
+    adding_phase,
+    begin,
+    claim,
+    claims,
+    matrix_phase,
+    prepare_phase,
+    prepare_row,
+    scratch_of,
+    swiglu_phase,
+    wait,
+)
+
+SIGNATURE = types.void(types.int64, types.int64)
+CLAIMS_PER_LAYER = 16
+"""No layer has more sets of units than this."""
+
+
+@cache
+def runner(simd: Simd, kv: KvType) -> Any:
+    """The compiled step for a KV type."""
+
+    @cfunc(SIGNATURE, cache=True, error_model="numpy")
+    def run(step, thread):  # type: ignore[no-untyped-def]
+        simd  # noqa: B018  # part of the cache key
+        mine = scratch_of(step, thread)
+        begin(mine)
+        if field(step, Step.EMBEDDED):
+            _mtp_input(step, mine)
+        for i in range(field(step, Step.LAYERS)):
+            layer = load_i64(field(step, Step.LAYER_TABLE) + 8 * i)
+            cache = load_i64(field(step, Step.KV_TABLE) + 8 * i)
+            _attention(kv, step, layer, cache, mine)
+            if field(layer, Layer.IS_MOE):
+                _moe(step, layer, mine, thread)
+            else:
+                _dense(step, layer, mine)
+        if field(step, Step.HEAD):
+            _head(step, mine)
+
+    return run
+
+
+@njit
+def _norm_phase(step, mine, x, x_bytes, scale, plan, count):  # type: ignore[no-untyped-def]
+    """Normed rows and their forms into the blobs, barrier included."""
+    size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
+    blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    counter = claims(step, mine)
+    while True:
+        t = claim(counter)
+        if t >= count:
+            break
+        rms_norm(x + t * x_bytes, scale, size, eps, blob + t * blob_bytes)
+        prepare_row(step, blob + t * blob_bytes, size, plan, mine)
+    wait(step, mine)
+
+
+@njit
+def _mtp_input(step, mine):  # type: ignore[no-untyped-def]
+    """h = eh_proj [enorm(embedding), hnorm(h)]: embedding half first."""
+    size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
+    blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    h, embedded, count = field(step, Step.H), field(step, Step.EMBEDDED), field(step, Step.ROWS)
+    counter = claims(step, mine)
+    while True:
+        t = claim(counter)
+        if t >= count:
+            break
+        row = blob + t * blob_bytes
+        rms_norm(embedded + 4 * t * size, field(step, Step.ENORM), size, eps, row)
+        rms_norm(h + 4 * t * size, field(step, Step.HNORM), size, eps, row + 4 * size)
+        prepare_row(step, row, 2 * size, field(step, Step.EH_PLAN), mine)
+    wait(step, mine)
+    matrix_phase(step, mine, field(step, Step.EH), blob, blob_bytes, count, h, 4 * size)
+    wait(step, mine)
+
+
+@njit
+def _attention(kv, step, layer, cache, mine):  # type: ignore[no-untyped-def]
+    """h += attention(norm(h))."""
+    h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
+    count = field(step, Step.ROWS)
+    scale, plan = field(layer, Layer.INPUT_NORM), field(layer, Layer.INPUT_PLAN)
+    _norm_phase(step, mine, h, h_bytes, scale, plan, count)
+    _projections(step, layer, mine, count)
+    wait(step, mine)
+    _positions(kv, step, layer, cache, mine, count)
+    wait(step, mine)
+    _heads(kv, step, layer, cache, mine, count)
+    wait(step, mine)
+    blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
+    columns = field(layer, Layer.HEADS) * field(layer, Layer.LANES)
+    prepare_phase(step, mine, blob, blob_bytes, count, columns, field(layer, Layer.OUTPUT_PLAN))
+    wait(step, mine)
+    adding_phase(step, mine, field(layer, Layer.O), blob, blob_bytes, count, h, h_bytes)
+    wait(step, mine)
+
+
+@njit
+def _projections(step, layer, mine, count):  # type: ignore[no-untyped-def]
+    """Queries, keys, values and gates."""
+    x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    kv_bytes = field(step, Step.KV_BYTES)
+    matrix_phase(step, mine, field(layer, Layer.Q), x, x_bytes, count,
+                 field(step, Step.QUERIES), field(step, Step.QUERY_BYTES))  # fmt: skip
+    matrix_phase(step, mine, field(layer, Layer.K), x, x_bytes, count,
+                 field(step, Step.KEYS), kv_bytes)  # fmt: skip
+    matrix_phase(step, mine, field(layer, Layer.V), x, x_bytes, count,
+                 field(step, Step.VALUES), kv_bytes)  # fmt: skip
+    matrix_phase(step, mine, field(layer, Layer.G), x, x_bytes, count,
+                 field(step, Step.GATES), field(step, Step.GATE_BYTES))  # fmt: skip
+
+
+@njit
+def _positions(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-def]
+    """Norm and rotate queries and keys; put keys and values into the cache."""
+    lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
+    heads = field(layer, Layer.HEADS) // groups
+    half, eps = field(layer, Layer.ROTARY_HALF), float_field(step, Step.EPS)
+    rope, slots = field(layer, Layer.ROPE), field(cache, Kv.SLOTS)
+    cos = load_i64(field(step, Step.COS) + 8 * rope)
+    sin = load_i64(field(step, Step.SIN) + 8 * rope)
+    counter = claims(step, mine)
+    while True:
+        unit = claim(counter)
+        if unit >= count * groups:
+            return
+        t, g = unit // groups, unit % groups
+        c, s = cos + 4 * t * half, sin + 4 * t * half
+        query = field(step, Step.QUERIES) + t * field(step, Step.QUERY_BYTES)
+        for head in range(g * heads, g * heads + heads):
+            row = query + 4 * head * lanes
+            rms_norm(row, field(layer, Layer.Q_NORM), lanes, eps, row)
+            rotate(row, half, c, s)
+        at = t * field(step, Step.KV_BYTES) + 4 * g * lanes
+        key = field(step, Step.KEYS) + at
+        rms_norm(key, field(layer, Layer.K_NORM), lanes, eps, key)
+        rotate(key, half, c, s)
+        slot = g * slots + (field(step, Step.START) + t) % slots
+        store_key(kv, field(cache, Kv.KEYS), field(cache, Kv.KEY_SCALES), slot, key, lanes)
+        value = field(step, Step.VALUES) + at
+        store_value(
+            kv, field(cache, Kv.VALUES), field(cache, Kv.VALUE_SCALES), slot, value, lanes
+        )
+
+
+@njit
+def _heads(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-def]
+    """Gated attention of every row and KV head into the heads' blobs."""
+    lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
+    heads, window = field(layer, Layer.HEADS) // groups, field(layer, Layer.WINDOW)
+    slots, start = field(cache, Kv.SLOTS), field(step, Step.START)
+    blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
+    counter = claims(step, mine)
+    while True:
+        unit = claim(counter)
+        if unit >= count * groups:
+            return
+        t, g = unit // groups, unit % groups
+        last = start + t
+        first = max(0, last - window + 1) if window else 0
+        at = 4 * g * heads
+        attend(kv, field(step, Step.QUERIES) + t * field(step, Step.QUERY_BYTES) + at * lanes,
+               heads, lanes, field(cache, Kv.KEYS), field(cache, Kv.KEY_SCALES),
+               field(cache, Kv.VALUES), field(cache, Kv.VALUE_SCALES), g * slots, slots,
+               first, last, field(step, Step.GATES) + t * field(step, Step.GATE_BYTES) + at,
+               blob + t * blob_bytes + at * lanes, mine + FREE)  # fmt: skip
+
+
+@njit
+def _dense(step, layer, mine):  # type: ignore[no-untyped-def]
+    """h += down(swiglu(gate(norm(h)), up(norm(h))))."""
+    h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
+    count = field(step, Step.ROWS)
+    scale, plan = field(layer, Layer.POST_NORM), field(layer, Layer.FFN_PLAN)
+    _norm_phase(step, mine, h, h_bytes, scale, plan, count)
+    x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    y, y_bytes = field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES)
+    swiglu_phase(step, mine, field(layer, Layer.GATE), field(layer, Layer.UP), x, x_bytes, count,
+                 y, y_bytes, float_field(layer, Layer.LIMIT_SHARED))  # fmt: skip
+    wait(step, mine)
+    width, plan = field(layer, Layer.WIDTH), field(layer, Layer.HIDDEN_PLAN)
+    prepare_phase(step, mine, y, y_bytes, count, width, plan)
+    wait(step, mine)
+    adding_phase(step, mine, field(layer, Layer.DOWN), y, y_bytes, count, h, h_bytes)
+    wait(step, mine)
+
+
+@njit
+def _moe(step, layer, mine, thread):  # type: ignore[no-untyped-def]
+    """h += routed experts + shared expert; the router takes the float32 row."""
+    h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
+    count, k = field(step, Step.ROWS), field(step, Step.TOP_K)
+    scale, plan = field(layer, Layer.POST_NORM), field(layer, Layer.FFN_PLAN)
+    _norm_phase(step, mine, h, h_bytes, scale, plan, count)
+    x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
+    matrix_phase(step, mine, field(layer, Layer.ROUTER), x, x_bytes, count,
+                 field(step, Step.LOGITS), field(step, Step.LOGITS_BYTES))  # fmt: skip
+    shared, shared_bytes = field(step, Step.SHARED_BLOB), field(step, Step.SHARED_BLOB_BYTES)
+    swiglu_phase(step, mine, field(layer, Layer.SHARED_GATE), field(layer, Layer.SHARED_UP),
+                 x, x_bytes, count, shared, shared_bytes,
+                 float_field(layer, Layer.LIMIT_SHARED))  # fmt: skip
+    wait(step, mine)
+    counter = claims(step, mine)
+    while True:
+        t = claim(counter)
+        if t >= count:
+            break
+        select(step, layer, t, mine)
+    wait(step, mine)
+    if thread == 0:
+        group_by_expert(step)
+    wait(step, mine)
+    expert_swiglu_phase(step, layer, mine)
+    wait(step, mine)
+    width, plan = field(layer, Layer.WIDTH), field(layer, Layer.HIDDEN_PLAN)
+    prepare_phase(step, mine, field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES),
+                  count * k, width, plan)  # fmt: skip
+    width, plan = field(layer, Layer.SHARED_WIDTH), field(layer, Layer.SHARED_PLAN)
+    prepare_phase(step, mine, shared, shared_bytes, count, width, plan)
+    wait(step, mine)
+    expert_down_phase(step, layer, mine)
+    wait(step, mine)
+
+
+@njit
+def _head(step, mine):  # type: ignore[no-untyped-def]
+    """Logits of the rows from HEAD_FIRST on."""
+    first = field(step, Step.HEAD_FIRST)
+    count, h_bytes = field(step, Step.ROWS) - first, 4 * field(step, Step.HIDDEN_SIZE)
+    h = field(step, Step.H) + first * h_bytes
+    scale, plan = field(step, Step.FINAL_NORM), field(step, Step.FINAL_PLAN)
+    _norm_phase(step, mine, h, h_bytes, scale, plan, count)
+    matrix_phase(step, mine, field(step, Step.HEAD), field(step, Step.BLOB),
+                 field(step, Step.BLOB_BYTES), count, field(step, Step.OUT_LOGITS),
+                 field(step, Step.OUT_BYTES))  # fmt: skip
+    wait(step, mine)

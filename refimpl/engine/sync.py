@@ -1,0 +1,115 @@
+"""What the engine's threads share: claimed units of work, barriers, calls by address.
+
+Barriers spin for a bounded time and then give the processor away, so that a partner that was
+preempted can run. Work is claimed unit by unit from an atomic counter, so that a slow thread
+holds the others up by one unit at most.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from refimpl.engine.vec import pointer
+
+_SPINS = 4000  # some ten microseconds
+_YIELD = "refimpl_engine_yield"
+
+
+def register_symbols() -> None:
+    """Make the operating system's yield known to compiled code, before any of it is loaded."""
+    if sys.platform == "win32":
+        function: Any = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    binding.add_symbol(_YIELD, ctypes.cast(function, ctypes.c_void_p).value)
+
+
+register_symbols()
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Add to the int64 at `address`, atomically; what it was before."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = pointer(builder, args[0], ir.IntType(64))
+        return builder.atomic_rmw("add", at, args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def load_shared(typingctx, address):  # type: ignore[no-untyped-def]
+    """The int64 at `address`, as other threads last wrote it."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def yield_processor(typingctx):  # type: ignore[no-untyped-def]
+    """Let another thread run."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def pause(typingctx):  # type: ignore[no-untyped-def]
+    """Tell the processor that this is a waiting loop (x86; nothing elsewhere)."""
+
+    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if binding.get_process_triple().startswith(("x86_64", "i686")):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+def _caller(count: int, doc: str) -> Any:
+    """An intrinsic that calls a function of int64 arguments by its address."""
+    i64 = ir.IntType(64)
+
+    def typed(typingctx, function, arguments):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = ir.FunctionType(ir.VoidType(), [i64] * count)
+            callee = builder.inttoptr(args[0], kind.as_pointer())
+            builder.call(callee, [builder.extract_value(args[1], i) for i in range(count)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.UniTuple(types.int64, count)), emit
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+call12 = _caller(12, "Call a matrix kernel: (address, its twelve arguments).")
+call4 = _caller(4, "Call a function of four arguments by its address.")
+
+
+@njit
+def barrier(counter, target):  # type: ignore[no-untyped-def]
+    """Wait until `counter` has been raised to `target`; this call raises it by one."""
+    fetch_add(counter, 1)
+    spins = 0
+    while load_shared(counter) < target:
+        spins += 1
+        if spins < _SPINS:
+            pause()
+        else:
+            yield_processor()
