@@ -86,6 +86,8 @@ def machine(run: RunConfig) -> Machine:
         for d in run.devices
     )
     summed = sum(d.count * d.device.bandwidth_bytes_per_s for d in run.devices)
+    if first.device_class == "cpu" and run.engine.engine.family == "llama.cpp":
+        in_turn /= sockets(first)
     wide = summed if at_once else in_turn
     kv_width = min(n, _kv_heads(run.model)) / n if at_once else 1.0
     flop = {k: v * (n if at_once else 1) for k, v in first.flop_per_s.items()}
@@ -106,6 +108,16 @@ def machine(run: RunConfig) -> Machine:
         ssd_bytes_per_s=p.ssd_bytes_per_s or DEFAULT_SSD_BYTES_PER_S,
         host_flop_per_s=HOST_FLOP_PER_BYTE * host,
     )
+
+
+def sockets(device: DeviceLike) -> int:
+    """Processors of a CPU machine, from the `-2s` of its name.
+
+    llama.cpp without NUMA copies reads at the speed of one socket (ktransformers' comparison on
+    two Xeon 6454S, github.com/kvcache-ai/ktransformers).
+    """
+    tail = device.name.rsplit("-", 1)[-1]
+    return int(tail[:-1]) if tail[:-1].isdigit() and tail.endswith("s") else 1
 
 
 def _kv_heads(model: ModelShape) -> int:

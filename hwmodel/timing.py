@@ -38,7 +38,9 @@ BANDWIDTH_PRIOR = {
 OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
 MOE_OVERHEAD = 50e-6
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
-HOST_PRIOR = 0.50  # of host memory's peak bandwidth, experts computed by the processor
+BATCH_COMPUTE_PRIOR = 0.20  # the same for a few rows per step
+GRAPHICS_MEMORY_BYTES_PER_S = 1.2e12
+HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
 PACK_PRIOR = 0.40  # the same for packing experts that are sent over a link
 HAND_OVER_S = 100e-6  # activations to the host and back, per layer with experts there
@@ -107,7 +109,19 @@ def months_of(date: str) -> int | None:
     return int(digits[:4]) * 12 + (int(month) - 1 if month.isdigit() else 6)
 
 
-def context_of(run: RunConfig, machine: Machine) -> Context:
+def kernel_class(machine: Machine) -> str:
+    """The device class whose efficiencies apply.
+
+    A server card with graphics memory instead of HBM (L40S, L4, A10, A40) behaves like the
+    consumer card of its generation.
+    """
+    each = machine.bandwidth_bytes_per_s / max(1, machine.parallel)
+    if machine.device_class == "nvidia-datacenter" and each < GRAPHICS_MEMORY_BYTES_PER_S:
+        return "nvidia-consumer"
+    return machine.device_class
+
+
+def context_of(run: RunConfig, machine: Machine, device_class: str = "") -> Context:
     """The levels of a run; its date decides how old the build is."""
     month = months_of(run.engine.date)
     family = run.engine.engine.family or "other"
@@ -117,7 +131,7 @@ def context_of(run: RunConfig, machine: Machine) -> Context:
     if month is not None and released is not None:
         early = min(1.0, max(0.0, 1 - (month - released) / 4))
     return Context(
-        device_class=machine.device_class,
+        device_class=device_class or kernel_class(machine),
         device=machine.device_name,
         family=family,
         group=GROUPS.get(family, family),
@@ -203,7 +217,7 @@ def _weight_parts(
         )
     ]  # fmt: skip
     if local[1] > 0:
-        expert_effects = effects + c.features("experts", "class", "group", "family", "class+group")
+        expert_effects = effects + c.features("experts", "class", "device", "family", "class+group")
         base = local[1] / wide / efficiency / 0.85
         parts.append(
             Part("routed experts", "memory bandwidth", base, expert_effects,
@@ -275,7 +289,7 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
     parts = [Part("overhead", "overhead", base, effects)]
     sequences = run.workload.concurrency
     if sequences > 1:
-        base = 50e-6 * (sequences - 1)
+        base = 60e-6 * (sequences - 1) ** 0.75
         parts.append(Part("scheduling", "overhead", base, c.features("sequence", "family")))
     if rows > 1:
         base = 0.1 * run.model.layers * per_layer
@@ -291,13 +305,20 @@ def peak_flop(run: RunConfig, m: Machine) -> float:
 def _row_parts(
     run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int
 ) -> list[Part]:
-    """Arithmetic of the rows after the first, which hides behind the reads."""
+    """Arithmetic of the rows after the first, as far as the reads do not hide it.
+
+    Servers batch the rows into matrix products: with reads R and arithmetic A, A A / (A + R)
+    remains, nothing while reads rule and all of A once arithmetic does. Other engines decode a
+    few rows with the kernels of one row, whose arithmetic does not hide.
+    """
     if rows <= 1:
         return []
     flop = counts.flop * (rows - 1) / rows
-    peak = peak_flop(run, m)
+    arithmetic = flop / peak_flop(run, m) / BATCH_COMPUTE_PRIOR
+    reads = sum(counts.weight_bytes.values()) * stated_scale(run) / m.bandwidth_bytes_per_s
     effects = c.features("rows", "class", "class+group")
-    return [Part("arithmetic", "compute", flop / peak / 0.2, effects, flop / peak, flop=flop)]
+    base = arithmetic**2 / (arithmetic + reads) if c.group == "server" else arithmetic
+    return [Part("arithmetic", "compute", base, effects, flop / peak_flop(run, m), flop=flop)]
 
 
 def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
@@ -335,7 +356,7 @@ def _draft_parts(run: RunConfig, m: Machine, c: Context) -> list[Part]:
 def prefill_parts(run: RunConfig) -> list[Part]:
     """The parts of computing the whole prompt of one sequence."""
     machine = place.machine(run)
-    c = context_of(run, machine)
+    c = context_of(run, machine, machine.device_class)
     prompt = max(1, run.workload.prompt_tokens or 512)
     depth = run.workload.depth or 0
     chunk = place.chunk_tokens(run, prompt, c.family)
