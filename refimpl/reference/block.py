@@ -12,7 +12,7 @@ from refimpl.decoding.kv import LayerCache
 from refimpl.reference.attention import attend, sigmoid, visible_pairs, visible_range
 from refimpl.reference.ffn import swiglu
 from refimpl.reference.moe import route
-from refimpl.reference.numerics import Array
+from refimpl.reference.numerics import Array, round_bf16
 from refimpl.reference.weights import Weights, unique_experts
 
 
@@ -113,6 +113,8 @@ def routed_ffn(w: Weights, spec: LayerSpec, b: Array) -> Array:
         gate = w.expert_linear(x, first, i, expert)  # (rows, F)
         up = w.expert_linear(x, second, i, expert)
         product = swiglu(gate, up, spec.swiglu_limit, None, w.variant)
+        if w.variant.experts_bf16:
+            product = round_bf16(product).astype(product.dtype)
         y = w.expert_linear(product, "experts.down", i, expert)  # (rows, H)
         weighted = at("expert_output", y * routing.weights[rows, slot][:, None])
         out[rows] = at("expert_sum", out[rows] + weighted)

@@ -128,8 +128,9 @@ def _rows(w: Weights, k: int, u: Array, tokens: Array, positions: Array, kv: Lay
     """
     layer = _layer(w, k)
     embedded = w.norm(w.embedding(tokens), "enorm", layer)  # (R, H)
-    both = np.concatenate([embedded, w.norm(u, "hnorm", layer)], axis=-1)  # (R, 2H)
-    r = w.linear(both, "eh_proj", layer)  # (R, H)
+    halves = [embedded, w.norm(u, "hnorm", layer)]
+    both = np.concatenate(halves[::-1] if w.variant.mtp_hidden_first else halves, axis=-1)
+    r = w.linear(both, "eh_proj", layer)  # (R, 2H) -> (R, H)
     return decoder_layer(w, w.layers[layer], r, positions, kv)
 
 

@@ -45,6 +45,18 @@ def round_bf16(x: Array) -> Array:
     return np.where(np.isfinite(x), out, x).astype(np.float32)
 
 
+def round_groups(x: Array, bits: int = 8, group: int = 64) -> Array:
+    """Nearest values of an affine quantisation, (rows, n) -> (rows, n): every `group` values of
+    a row (all of a shorter one) share a scale and a minimum, as in mlx's quantised files."""
+    size = group if x.shape[-1] % group == 0 else x.shape[-1]
+    groups = x.reshape(len(x), -1, size)
+    low = groups.min(axis=-1, keepdims=True)
+    step = (groups.max(axis=-1, keepdims=True) - low) / x.dtype.type((1 << bits) - 1)
+    step = np.where(step > 0, step, x.dtype.type(1))
+    rounded: Array = (low + np.round((groups - low) / step) * step).reshape(x.shape)
+    return rounded
+
+
 @dataclass(frozen=True)
 class Numerics:
     """Arithmetic type and the points where results are rounded to bf16."""

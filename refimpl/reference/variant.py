@@ -28,6 +28,9 @@ class Variant:
     rotary_last_lanes: bool = False
     rope_interleaved: bool = False
     one_theta: bool = False
+    one_theta_low: bool = False
+    rope_exponent_head_dim: bool = False
+    rope_yarn: bool = False
     eps: float | None = None
     norm_offset: float = 0.0
     norm_scale_bf16: bool = False
@@ -46,9 +49,12 @@ class Variant:
     router_bias_in_weights: bool = False
     router_llamacpp_floor: bool = False
     router_bf16: bool = False
+    router_8bit: bool = False
+    experts_bf16: bool = False
     shared_scaled: bool = False
     mtp_wiring: MtpWiring = "chain"
     mtp_main_head: bool = False
+    mtp_hidden_first: bool = False
 
     def layer(self, spec: LayerSpec, config: ModelConfig) -> LayerSpec:
         """The layer as this variant sees it: window, RoPE and clamp settings."""
@@ -64,6 +70,12 @@ class Variant:
             changes["rope_divisors"] = None
         if self.one_theta and spec.kind == SLIDING:
             changes["rope_theta"] = max(config.rope_theta)
+        if self.one_theta_low and spec.kind == FULL:
+            changes["rope_theta"] = min(config.rope_theta)
+        if self.rope_exponent_head_dim:
+            changes["rope_theta"] = spec.rope_theta ** (spec.rotary_dim / spec.head_dim)
+        if self.rope_yarn and (spec.rope_scaling or spec.rope_divisors):
+            changes.update(rope_scaling=None, rope_divisors=_yarn_divisors(spec, config))
         changes.update(self._clamps(spec, config))
         return dataclasses.replace(spec, **changes) if changes else spec  # type: ignore[arg-type]
 
@@ -78,6 +90,31 @@ class Variant:
         if self.clamp_shared_as_routed and math.isfinite(routed):
             shared = max(config.swiglu_limits_shared) or math.inf
         return {"swiglu_limit": routed, "swiglu_limit_shared": shared}
+
+    def rope_amplitude(self, spec: LayerSpec) -> float:
+        """Factor on cos and sin: YaRN's attention scale where it is applied, else 1."""
+        if not self.rope_yarn or spec.kind != FULL or spec.rope_divisors is None:
+            return 1.0
+        return 0.1 * math.log(max(spec.rope_divisors)) + 1.0
+
+
+def _yarn_divisors(spec: LayerSpec, config: ModelConfig) -> tuple[float, ...]:
+    """Divisors of the base frequencies under YaRN (arXiv 2309.00071; beta 32 and 1)."""
+    scaling, r = spec.rope_scaling, spec.rotary_dim
+    if scaling is not None:
+        factor, length = scaling.factor, scaling.original_max_position_embeddings
+    else:  # a GGUF file states only what llama3 scaling led to
+        factor = max(spec.rope_divisors or (1.0,))
+        length = round(config.max_position_embeddings / factor)
+
+    def lane(rotations: float) -> float:
+        """The pair of lanes that turns `rotations` times over the original length."""
+        return r * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(spec.rope_theta))
+
+    low, high = max(0, math.floor(lane(32.0))), min(r - 1, math.ceil(lane(1.0)))
+    span = max(high - low, 1e-3)
+    kept = [1.0 - min(1.0, max(0.0, (i - low) / span)) for i in range(r // 2)]
+    return tuple(1.0 / (k + (1.0 - k) / factor) for k in kept)
 
 
 NORMATIVE = Variant()
@@ -117,6 +154,21 @@ VARIANTS: dict[str, KnownVariant] = {
     ),
     "interleaved_rope": _known("interleaved RoPE pairs (2i, 2i+1)", rope_interleaved=True),
     "one_theta": _known("the full layers' rope_theta on every layer", one_theta=True),
+    "one_theta_low": _known(
+        "the sliding layers' rope_theta on every layer",
+        "arXiv 2602.10604, table 6 (the value of pre-training)",
+        one_theta_low=True,
+    ),
+    "rope_exponent_head_dim": _known(
+        "RoPE exponents over head_dim instead of the rotated lanes",
+        "architecture notes, section 2.4",
+        rope_exponent_head_dim=True,
+    ),
+    "yarn": _known(
+        "YaRN instead of llama3 frequency scaling",
+        "arXiv 2602.10604, section 6.2, against config.json",
+        rope_yarn=True,
+    ),
     "no_routed_clamp": _known("no clamp on routed experts", clamp_routed_off=True),
     "no_shared_clamp": _known("no clamp on shared experts", clamp_shared_off=True),
     "clamp_lists_swapped": _known(
@@ -157,8 +209,25 @@ VARIANTS: dict[str, KnownVariant] = {
     ),
     "router_bf16": _known(
         "router logits rounded to bf16",
-        "transformers 5.23, " + _GH + "huggingface/transformers/pull/46562; mlx-lm",
+        "transformers 5.23, " + _GH + "huggingface/transformers/pull/46562; mlx-lm; vLLM's FP8 "
+        "path on B200, " + _GH + "vllm-project/recipes/blob/main/StepFun/Step-3.5-Flash.md",
         router_bf16=True,
+    ),
+    "router_8bit": _known(
+        "the router's weights quantised to 8 bits in groups of 64",
+        "mlx-lm quantised models, " + _GH + "ml-explore/mlx-lm/pull/836",
+        router_8bit=True,
+    ),
+    "experts_bf16": _known(
+        "routed experts computed in bf16 instead of float32",
+        "transformers 5.23, " + _GH + "huggingface/transformers/pull/46562",
+        experts_bf16=True,
+    ),
+    "sglang_deepep": _known(
+        "router logits rounded to bf16 and routing weights not scaled",
+        "SGLang, python/sglang/srt/models/step3p5.py, forward_deepep (by reading)",
+        router_bf16=True,
+        router_unscaled=True,
     ),
     "router_llamacpp_floor": _known(
         "the routing sum floored at 2^-14 instead of + 1e-20",
@@ -198,6 +267,11 @@ VARIANTS: dict[str, KnownVariant] = {
         "the first MTP block used for every draft",
         _GH + "ggml-org/llama.cpp/pull/23274",
         mtp_wiring="first_block",
+    ),
+    "mtp_hidden_first": _known(
+        "the MTP layers' input concatenated hidden half first",
+        "architecture notes, section 3.1",
+        mtp_hidden_first=True,
     ),
     "mtp_main_head": _known(
         "the main output head used by the MTP layers",

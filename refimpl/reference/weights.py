@@ -11,7 +11,7 @@ from refimpl.checkpoint.source import WeightSource
 from refimpl.config import LayerSpec, ModelConfig
 from refimpl.inventory import TensorSpec, inventory
 from refimpl.reference.norm import rms_norm
-from refimpl.reference.numerics import Array, Numerics, round_bf16
+from refimpl.reference.numerics import Array, Numerics, round_bf16, round_groups
 from refimpl.reference.rope import angles, frequencies, lanes
 from refimpl.reference.trace import Trace
 from refimpl.reference.variant import NORMATIVE, Variant
@@ -53,7 +53,10 @@ class Weights:
 
     def router_logits(self, x: Array, layer: int) -> Array:
         """x Wrᵀ, never rounded below float32: (T, H) -> (T, E)."""
-        logits = x @ self.source.matrix("router", layer, self.numerics.dtype).T
+        matrix = self.source.matrix("router", layer, self.numerics.dtype)
+        if self.variant.router_8bit:
+            matrix = round_groups(matrix)
+        logits = x @ matrix.T
         self._count("router", layer, len(x))
         if self.variant.router_bf16:
             return round_bf16(logits).astype(logits.dtype)
@@ -68,6 +71,8 @@ class Weights:
         """x Wᵀ with one expert's matrix: (T, in) -> (T, out), not rounded."""
         product = x @ self.source.expert(key, layer, expert, self.numerics.dtype).T
         self._count(key, layer, len(x), expert)
+        if self.variant.experts_bf16:
+            return round_bf16(product).astype(product.dtype)
         return product
 
     def norm(self, x: Array, key: str, layer: int | None) -> Array:
@@ -94,6 +99,9 @@ class Weights:
         """RoPE on the rotary lanes: (T, n, D), (T,) -> (T, n, D)."""
         freqs = self._rope.setdefault(spec.index, frequencies(spec))
         cos, sin = angles(positions, freqs)  # (T, R/2) each
+        amplitude = self.variant.rope_amplitude(spec)
+        if amplitude != 1.0:
+            cos, sin = amplitude * cos, amplitude * sin
         at, dtype = self.numerics.at, self.numerics.dtype
         cos = at("rope_table", cos.astype(dtype))[:, None, :]  # (T, 1, R/2)
         sin = at("rope_table", sin.astype(dtype))[:, None, :]
