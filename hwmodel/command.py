@@ -30,6 +30,7 @@ class Launch:
         host_layers: how many layers keep their routed experts in host memory (0: none, None:
             all of them).
         hosts: machines; more than one only where devices are alone in theirs.
+        layer_shares: layers on each device where a layer split must not be even.
     """
 
     engine: Engine
@@ -44,6 +45,7 @@ class Launch:
     micro_batch: int | None = None
     host_layers: int | None = 0
     hosts: int = 1
+    layer_shares: tuple[int, ...] = ()
 
 
 def weights_name(engine: Engine, quant: str) -> str:
@@ -107,6 +109,8 @@ def _add_split(launch: Launch, add: _Add) -> None:
     split = launch.placement.split
     if split == "layer":
         add("split_layer")
+        if launch.layer_shares:
+            add("layer_shares", ",".join(map(str, launch.layer_shares)))
         if launch.hosts > 1:
             add("remote", ",".join(f"host{i}:50052" for i in range(2, launch.hosts + 1)))
     elif split in ("tensor", "expert"):

@@ -35,7 +35,8 @@ _MEMORY = ("micro_batch", "context_bytes", "fraction")
 _OVERHEAD = ("per_layer_s",)
 _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
-    "flash_attention", "sequences", "split_layer", "remote", "tensor", "expert", "machines",
+    "flash_attention", "sequences", "split_layer", "layer_shares", "remote", "tensor", "expert",
+    "machines",
     "memory", "host_experts", "host_expert_layers", "stream", "drafts", "draft_model", "template",
 )  # fmt: skip
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hwmodel.candidate import Candidate
 from hwmodel.memory import kv_value_bytes, ledger
 from hwmodel.operations import StepCounts, step_counts
 from hwmodel.predict import predict
 from hwmodel.quant import role_bytes
 from hwmodel.run import Estimate, Quantity, RunConfig
-from hwmodel.search import Candidate
 
 Figure = Literal["memory", "decode", "prefill", "ttft"]
 FIGURES: tuple[Figure, ...] = ("memory", "decode", "prefill", "ttft")

@@ -57,6 +57,7 @@ QUANTS: dict[str, tuple[str, ...]] = {
     "INT8": ("w8a8", "w8a16", "8bit int"),
     "INT4": ("int4 native", "w4a16", "awq", "gptq", "awq int4", "gptq int4", "autoround"),
     "INT4-experts": (),
+    "IQ2-experts": (),
     "NVFP4": ("nvidia fp4", "modelopt fp4", "w4a4 nvfp4"),
     "MXFP4": ("mxfp4 moe", "mx4"),
     "MXFP4-BF16": (),
@@ -127,7 +128,7 @@ QUANT_CLASSES: dict[str, tuple[str, str]] = {
     "mtplx": ("MLX-4bit", "a mixture of MLX types of the 4-bit class"),
     "mtplx optimized speed": ("MLX-4bit", "a mixture of MLX types of the 4-bit class"),
     "jangtq": ("MLX-3bit", "a mixture of MLX types below 4 bits"),
-    "q2 ds4 mixed 2-bit": ("Q2_K", "a mixture of 2-bit types of the engine's own"),
+    "q2 ds4 mixed 2-bit": ("IQ2-experts", "a mixture of the engine's own, 2-bit experts"),
 }
 
 DEVICES: dict[str, tuple[str, ...]] = {

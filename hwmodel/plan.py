@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from hwmodel.candidate import GOOD_TIER, Candidate
 from hwmodel.command import Launch, build_command
-from hwmodel.memory import Ledger, ledger
+from hwmodel.memory import Ledger
 from hwmodel.predict import predict
 from hwmodel.request import MAX_COUNT, PlanRequest
 from hwmodel.run import Estimate
 from hwmodel.search import (
-    GOOD_TIER,
-    Candidate,
     affordable,
     best_of,
     candidates,
@@ -153,6 +152,7 @@ def command_of(candidate: Candidate, drafts: int = 0) -> str:
         micro_batch=candidate.run.workload.micro_batch,
         host_layers=None if all_layers else layers,
         hosts=-(-candidate.count // device.max_per_host),
+        layer_shares=candidate.layer_shares if layers and candidate.count > 1 else (),
     )
     return build_command(launch)
 
@@ -161,7 +161,7 @@ def max_context(candidate: Candidate) -> int:
     """Longest context, up to the model's own, that fits at the raised limit; 0 for none."""
 
     def fits(tokens: int) -> bool:
-        return ledger(candidate.run, tokens).raised_margin_bytes >= 0
+        return dataclasses.replace(candidate, context=tokens).holds
 
     low, high = 0, candidate.run.model.max_context
     if fits(high):
@@ -177,20 +177,12 @@ def max_context(candidate: Candidate) -> int:
 
 def _problem(request: PlanRequest) -> str:
     """Why the request cannot be met: memory, price or speed, in that order."""
-    device, wanted = request.device, request.quant or "any published type"
-    counts = [request.count] if request.count else list(range(1, MAX_COUNT + 1))
+    device = request.device
+    linked = device.link_bytes_per_s is not None
+    counts = [request.count] if request.count else list(range(1, MAX_COUNT + 1 if linked else 2))
     held = [c for n in counts for c in candidates(request, n) if c.holds]
-    many = f"{request.count}x {device.name}" if request.count else f"1 to {MAX_COUNT} {device.name}"
     if not held:
-        tried = [c for n in counts[-1:] for c in candidates(request, n)]
-        if tried and tried[0].share_problem:
-            return f"{wanted} does not fit {many}: {tried[0].share_problem}"
-        if tried:
-            short = -max(c.memory.raised_margin_bytes for c in tried)
-            return f"{wanted} does not fit {many}: {short / 1e9:.1f} GB short"
-        if request.ram_bytes is None:
-            return f"{wanted} does not fit {many}; --ram GB adds host memory and disk"
-        return f"{wanted} does not fit {many}, not even with host memory and disk"
+        return _no_room(request, counts)
     if not any(affordable(request, c.count) for c in held):
         least = min(c.count for c in held) * (device.price_usd or 0.0)
         return f"what holds the model costs {least:,.0f} dollars or more"
@@ -199,6 +191,23 @@ def _problem(request: PlanRequest) -> str:
         f"nothing reaches {request.min_decode:g} tokens/s at {request.context:,} tokens; "
         f"the fastest makes {fastest:.3g}"
     )
+
+
+def _no_room(request: PlanRequest, counts: list[int]) -> str:
+    device = request.device
+    many = f"{counts[-1]}x {device.name}" if counts[-1] > 1 else device.name
+    if len(counts) > 1:
+        many = f"1 to {many}"
+    what = f"{request.quant} does not fit" if request.quant else "no published type fits"
+    tried = list(candidates(request, counts[-1]))
+    if tried and tried[0].memory.raised_margin_bytes >= 0 and tried[0].share_problem:
+        return f"{what} {many}: {tried[0].share_problem}"
+    if tried:
+        short = -max(c.memory.raised_margin_bytes for c in tried)
+        return f"{what} {many}: {short / 1e9:.1f} GB short"
+    if request.ram_bytes is None:
+        return f"{what} {many}; --ram GB adds host memory and disk"
+    return f"{what} {many}, not even with host memory and disk"
 
 
 def _smallest(request: PlanRequest) -> Candidate:
@@ -231,13 +240,10 @@ def _draft_options(candidate: Candidate) -> tuple[DraftOption, ...]:
     plain = predict(candidate.at(depth=depth, drafts=0), "decode_tok_s")
     found = []
     for drafts in range(most + 1):
-        run = candidate.at(depth=depth, drafts=drafts)
-        decode = predict(run, "decode_tok_s")
-        memory = ledger(run, candidate.context)
+        drafting = dataclasses.replace(candidate, run=candidate.at(depth=depth, drafts=drafts))
+        decode = predict(drafting.run, "decode_tok_s")
         gain = decode.value / plain.value if decode.value and plain.value else 0.0
-        found.append(
-            DraftOption(drafts, decode, gain, memory.mtp_bytes, memory.raised_margin_bytes >= 0)
-        )
+        found.append(DraftOption(drafts, decode, gain, drafting.memory.mtp_bytes, drafting.holds))
     return tuple(found)
 
 

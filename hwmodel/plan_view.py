@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
 from hwmodel.fit import load_fit
 from hwmodel.plan import Plan
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
-from hwmodel.search import Candidate
 
 WIDTH = 100
 _LABEL = 10
@@ -96,8 +96,8 @@ def _title(plan: Plan) -> str:
         how += f" for each of {sequences} sequences"
     head = f"{what}\n{how}"
     if not plan.holds:
-        what = "closest that does" if plan.has_nearest else "nothing does; the smallest type"
-        head = f"DOES NOT FIT: {plan.problem}.\nShown below, the {what}:\n{head}"
+        shown = "The closest that does" if plan.has_nearest else "The smallest type, all the same"
+        head = f"DOES NOT FIT: {plan.problem}.\n{shown}:\n\n{head}"
     return head
 
 

@@ -13,137 +13,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
-from hwmodel.devices import Device
+from hwmodel.candidate import GOOD_TIER, Candidate, quality_of, tier_of
+from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine
 from hwmodel.errors import RequestError
 from hwmodel.fit import load_fit
-from hwmodel.memory import Ledger, ledger
 from hwmodel.model import ModelShape
 from hwmodel.placement import legal_counts, refusal
-from hwmodel.predict import config_columns, predict
-from hwmodel.quality import QualityCost, quality_cost
-from hwmodel.quant import load_quant, role_bytes, weight_bytes
-from hwmodel.request import MAX_COUNT, SYSTEM_BYTES, PlanRequest, backend_of
+from hwmodel.predict import config_columns
+from hwmodel.quant import load_quant, role_bytes
+from hwmodel.request import DEFAULT_HOST, MAX_COUNT, SYSTEM_BYTES, PlanRequest, backend_of
 from hwmodel.run import (
     DeviceCount,
     EngineChoice,
-    Estimate,
     Placement,
     RunConfig,
     Split,
     Workload,
 )
 
-# Increase of perplexity up to which a type belongs to a tier; 0 and 1 are good enough to stop at.
-TIERS = (0.01, 0.06, 0.10, 0.20, 0.45)
-GOOD_TIER = 1
+SPARE_RAM_BYTES = 128 * 2**30  # host memory that is supposed where nothing else helps
 OFFLOAD_MICRO_BATCH = 4096  # long chunks: experts are streamed to the GPU once per chunk
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One configuration; `host_layers` counts layers whose experts are in host memory."""
-
-    run: RunConfig
-    context: int
-    backend: str
-    host_layers: int = 0
-
-    @cached_property
-    def memory(self) -> Ledger:
-        """Where the memory goes with room for the whole context."""
-        return ledger(self.run, self.context)
-
-    @property
-    def device(self) -> Device:
-        """The device, of which `count` are used."""
-        found = self.run.devices[0].device
-        assert isinstance(found, Device)
-        return found
-
-    @property
-    def engine(self) -> Engine:
-        """The engine."""
-        found = self.run.engine.engine
-        assert isinstance(found, Engine)
-        return found
-
-    @property
-    def count(self) -> int:
-        """Number of devices."""
-        return self.run.device_count
-
-    @cached_property
-    def quality(self) -> QualityCost:
-        """What the quant type costs."""
-        return quality_of(self.run.model, self.run.quant.name)
-
-    @property
-    def tier(self) -> int:
-        """Quality tier, 0 the best."""
-        return tier_of(self.quality)
-
-    @cached_property
-    def share_problem(self) -> str:
-        """Why the largest share of a layer split does not fit its device, empty if it does."""
-        m, n = self.memory, self.count
-        if self.run.placement.split != "layer" or n == 1:
-            return ""
-        layers = self.run.model.layers
-        most = math.ceil(layers / n)
-        need = (m.weights_bytes + m.kv_bytes + m.mtp_bytes) * most / layers
-        need += (m.compute_bytes - self.engine.context_bytes * n) + self.engine.context_bytes
-        have = self.device.raised_usable_bytes or self.device.usable_bytes
-        if need <= have:
-            return ""
-        return (
-            f"{most} of {layers} layers on one device need {need / 1e9:.1f} GB of "
-            f"{have / 1e9:.1f} GB"
-        )
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Some experts are outside the devices' memory."""
-        place = self.run.placement
-        return place.ssd_share > 0 or place.host_expert_share > 0
-
-    @property
-    def fits(self) -> bool:
-        """It fits as the machine comes."""
-        return self.memory.margin_bytes >= 0 and not self.share_problem
-
-    @property
-    def holds(self) -> bool:
-        """It fits, if need be with the documented setting."""
-        return self.memory.raised_margin_bytes >= 0 and not self.share_problem
-
-    def at(self, **changes: object) -> RunConfig:
-        """The run with another workload, such as `depth=2048`."""
-        work = dataclasses.replace(self.run.workload, **changes)  # type: ignore[arg-type]
-        return dataclasses.replace(self.run, workload=work)
-
-    @cached_property
-    def decode(self) -> Estimate:
-        """Speed with the context full, without drafts."""
-        return predict(self.at(depth=self.context, drafts=0), "decode_tok_s")
-
-
-@lru_cache(maxsize=256)
-def quality_of(model: ModelShape, quant: str) -> QualityCost:
-    """What a quant type costs on this model, from its bits per weight."""
-    kind = load_quant(quant)
-    return quality_cost(quant, 8 * weight_bytes(model, kind) / model.parameters)
-
-
-def tier_of(quality: QualityCost) -> int:
-    """Quality tier, 0 the best; types whose loss nobody measured but that keep 8 bits are 0."""
-    loss = quality.perplexity_increase
-    if loss is None:
-        return 0
-    return next((i for i, limit in enumerate(TIERS) if loss <= limit), len(TIERS))
 
 
 def splits_of(engine: Engine, device: Device, count: int) -> tuple[Split, ...]:
@@ -423,7 +314,12 @@ def closest(request: PlanRequest) -> Candidate | None:
             min_decode=None,
         ),
     ]  # fmt: skip
-    for wish in loosened:
+    helped = dataclasses.replace(
+        loosened[-1],
+        ram_bytes=request.device.memory_bytes if request.device.unified else SPARE_RAM_BYTES,
+        host=None if request.device.unified else load_device(DEFAULT_HOST),
+    )
+    for wish in (*loosened, helped):
         if wish != request:
             found = choose(wish)
             if found is not None:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hwmodel.candidate import Candidate
 from hwmodel.plan import Plan, make_plan
 from hwmodel.predict import predict
 from hwmodel.request import PlanRequest
-from hwmodel.search import Candidate, choose, closest
+from hwmodel.search import choose, closest
 
 SWEEP_COLUMNS = (
     "device", "count", "engine", "backend", "quant", "split", "kv_type", "context", "depth",

@@ -2,9 +2,9 @@
 
 import pytest
 
+from hwmodel.candidate import quality_of
 from hwmodel.model import step_shape
 from hwmodel.quality import quality_cost
-from hwmodel.search import quality_of
 
 
 def test_measured_mixtures_are_returned_as_measured() -> None:
