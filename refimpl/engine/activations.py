@@ -20,9 +20,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from refimpl.engine.formats import Format
+from refimpl.engine.jit import cfunc, njit
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -34,6 +35,7 @@ from refimpl.engine.vec import (
     I32x8,
     I32x16,
     convert,
+    device,
     load,
     load_f32,
     load_i32,
@@ -103,7 +105,7 @@ def scratch_bytes(columns: int) -> int:
 
 
 @njit(forceinline=True)
-def _padded(columns):  # type: ignore[no-untyped-def]
+def _padded(columns):
     return (columns + 255) // 256 * 256
 
 
@@ -117,7 +119,7 @@ def prepare(simd: Simd) -> Any:
     wide = simd.name == "avx512"
 
     @cfunc(SIGNATURE, cache=True, error_model="numpy")
-    def prepare_row(row, columns, plan, scratch):  # type: ignore[no-untyped-def]
+    def prepare_row(row, columns, plan, scratch):
         simd  # noqa: B018  # part of the cache key
         count = load_i64(plan)
         if count == 0:
@@ -152,13 +154,13 @@ _odd8 = shuffler(I32x8, list(range(1, 8, 2)))
 
 
 @njit(forceinline=True)
-def _sums_of_four(lanes):  # type: ignore[no-untyped-def]
+def _sums_of_four(lanes):
     two = _even16(lanes, lanes) + _odd16(lanes, lanes)
     return _even8(two, two) + _odd8(two, two)
 
 
-@njit
-def _quantise(row, columns, scratch):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _quantise(row, columns, scratch):
     """Codes (padded), sums of four codes, scales, sums of 32 codes, one after the other; padding
     up to whole groups of 256 values is zero."""
     padded = _padded(columns)
@@ -184,8 +186,8 @@ def _quantise(row, columns, scratch):  # type: ignore[no-untyped-def]
         store_i32(sums + 4 * block, np.int32(0))
 
 
-@njit
-def _natural(scratch, columns, out):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _natural(scratch, columns, out):
     padded = _padded(columns)
     scales, sums = scratch + 2 * padded, scratch + 2 * padded + padded // 8
     for block in range(columns // 32):
@@ -196,8 +198,8 @@ def _natural(scratch, columns, out):  # type: ignore[no-untyped-def]
         store_f32(out + columns + columns // 8 + 4 * block, total)
 
 
-@njit
-def _quads(scratch, columns, out, factor):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _quads(scratch, columns, out, factor):
     """Groups of 128: first halves of four blocks, their last halves, scales over four lanes each,
     and `factor` times the sums of the eight codes of each lane (factor 0: scale times sum)."""
     padded = _padded(columns)
@@ -217,8 +219,8 @@ def _quads(scratch, columns, out, factor):  # type: ignore[no-untyped-def]
             store(to + 192, both * splat(I32x4, np.int32(factor)))
 
 
-@njit
-def _pairs(scratch, columns, out):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _pairs(scratch, columns, out):
     """Groups of 64: two blocks, their scales over eight lanes each, -128 x sums of four codes."""
     padded = _padded(columns)
     quads, scales = scratch + padded, scratch + 2 * padded
@@ -229,8 +231,8 @@ def _pairs(scratch, columns, out):  # type: ignore[no-untyped-def]
         store(to + 128, load(I32x8, quads + 32 * block) * splat(I32x8, np.int32(-128)))
 
 
-@njit
-def _super(scratch, columns, out, form):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _super(scratch, columns, out, form):
     """Groups of 256: four times 64 codes in the order of the format, then two sets of 16 factors
     of the block's 16 scales (see `refimpl.engine.kernels512`)."""
     padded = _padded(columns)
@@ -264,6 +266,6 @@ def _super(scratch, columns, out, form):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _factors(to, lane, product, extra):  # type: ignore[no-untyped-def]
+def _factors(to, lane, product, extra):
     store_f32(to + 256 + 4 * lane, product)
     store_f32(to + 320 + 4 * lane, extra)

@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
-from numba.extending import overload
+from numba import types
 
+from refimpl.engine.fields import Kv, field
+from refimpl.engine.jit import cfunc, njit, overload
 from refimpl.engine.maths import exp_one, sigmoid_one, vexp
-from refimpl.engine.simd import Parameter
+from refimpl.engine.simd import Parameter, Simd
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
     I8x16,
     I32x16,
     convert,
+    device,
     fma,
     lane_numbers,
     load,
@@ -96,14 +99,14 @@ def store_value(kv: Any, values: int, scales: int, slot: int, row: int, lanes: i
 
 
 @overload(load_key, jit_options=_INLINE)
-def _load_key(kv, keys, scales, group, lane, lanes):  # type: ignore[no-untyped-def]
-    def f16(kv, keys, scales, group, lane, lanes):  # type: ignore[no-untyped-def]
+def _load_key(kv, keys, scales, group, lane, lanes):
+    def f16(kv, keys, scales, group, lane, lanes):
         return convert(F32x16, load(F16x16, keys + (group * lanes + lane) * 32))
 
-    def f32(kv, keys, scales, group, lane, lanes):  # type: ignore[no-untyped-def]
+    def f32(kv, keys, scales, group, lane, lanes):
         return load(F32x16, keys + (group * lanes + lane) * 64)
 
-    def q8_0(kv, keys, scales, group, lane, lanes):  # type: ignore[no-untyped-def]
+    def q8_0(kv, keys, scales, group, lane, lanes):
         codes = convert(F32x16, load(I8x16, keys + (group * lanes + lane) * 16))
         scale = load(F16x16, scales + (group * (lanes // 32) + lane // 32) * 32)
         return codes * convert(F32x16, scale)
@@ -112,14 +115,14 @@ def _load_key(kv, keys, scales, group, lane, lanes):  # type: ignore[no-untyped-
 
 
 @overload(load_value, jit_options=_INLINE)
-def _load_value(kv, values, scales, slot, lane, lanes):  # type: ignore[no-untyped-def]
-    def f16(kv, values, scales, slot, lane, lanes):  # type: ignore[no-untyped-def]
+def _load_value(kv, values, scales, slot, lane, lanes):
+    def f16(kv, values, scales, slot, lane, lanes):
         return convert(F32x16, load(F16x16, values + (slot * lanes + lane) * 2))
 
-    def f32(kv, values, scales, slot, lane, lanes):  # type: ignore[no-untyped-def]
+    def f32(kv, values, scales, slot, lane, lanes):
         return load(F32x16, values + (slot * lanes + lane) * 4)
 
-    def q8_0(kv, values, scales, slot, lane, lanes):  # type: ignore[no-untyped-def]
+    def q8_0(kv, values, scales, slot, lane, lanes):
         codes = convert(F32x16, load(I8x16, values + slot * lanes + lane))
         scale = load_f16(scales + (slot * (lanes // 32) + lane // 32) * 2)
         return codes * splat(F32x16, scale)
@@ -128,31 +131,31 @@ def _load_value(kv, values, scales, slot, lane, lanes):  # type: ignore[no-untyp
 
 
 @njit(forceinline=True)
-def _scale_of(row):  # type: ignore[no-untyped-def]
+def _scale_of(row):
     """max|x| / 127 of 32 values, rounded to float16."""
     peak = reduce_max(vmax(vabs(load(F32x16, row)), vabs(load(F32x16, row + 64))))
     return peak / np.float32(127)
 
 
 @njit(forceinline=True)
-def _code(value, inverse):  # type: ignore[no-untyped-def]
+def _code(value, inverse):
     rounded = vround(splat(F32x16, value * inverse))
     return np.int8(reduce_max(convert(I32x16, rounded)))
 
 
 @overload(store_key, jit_options=_INLINE)
-def _store_key(kv, keys, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
-    def f16(kv, keys, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+def _store_key(kv, keys, scales, slot, row, lanes):
+    def f16(kv, keys, scales, slot, row, lanes):
         at = keys + slot // 16 * lanes * 32 + slot % 16 * 2
         for d in range(lanes):
             store_f16(at + d * 32, load_f32(row + 4 * d))
 
-    def f32(kv, keys, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+    def f32(kv, keys, scales, slot, row, lanes):
         at = keys + slot // 16 * lanes * 64 + slot % 16 * 4
         for d in range(lanes):
             store_f32(at + d * 64, load_f32(row + 4 * d))
 
-    def q8_0(kv, keys, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+    def q8_0(kv, keys, scales, slot, row, lanes):
         at = keys + slot // 16 * lanes * 16 + slot % 16
         to = scales + slot // 16 * (lanes // 32) * 32 + slot % 16 * 2
         for block in range(lanes // 32):
@@ -166,17 +169,17 @@ def _store_key(kv, keys, scales, slot, row, lanes):  # type: ignore[no-untyped-d
 
 
 @overload(store_value, jit_options=_INLINE)
-def _store_value(kv, values, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
-    def f16(kv, values, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+def _store_value(kv, values, scales, slot, row, lanes):
+    def f16(kv, values, scales, slot, row, lanes):
         for d in range(0, lanes, 16):
             half = convert(F16x16, load(F32x16, row + 4 * d))
             store(values + (slot * lanes + d) * 2, half)
 
-    def f32(kv, values, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+    def f32(kv, values, scales, slot, row, lanes):
         for d in range(0, lanes, 16):
             store(values + (slot * lanes + d) * 4, load(F32x16, row + 4 * d))
 
-    def q8_0(kv, values, scales, slot, row, lanes):  # type: ignore[no-untyped-def]
+    def q8_0(kv, values, scales, slot, row, lanes):
         for block in range(lanes // 32):
             scale = _scale_of(row + 128 * block)
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
@@ -194,39 +197,64 @@ def state_bytes(heads: int, lanes: int) -> int:
     return 4 * padded * (SPLIT + 2 * (lanes + 16))
 
 
-@njit
-def attend(kv, q, heads, lanes, keys, key_scales, values, value_scales, place, slots,
-           first, last, gate, out, scratch):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Gated attention of one row over one KV head: positions first..last, `heads` query heads.
+@cache
+def storing(simd: Simd, kv: KvType) -> Any:
+    """The compiled function (cache record, slot, key, value, lanes) that keeps a position.
 
-    `place` is the KV head's first slot among all heads' slots.
-    q (heads, lanes) float32, normed and rotated; gate (heads,) before its sigmoid; out (heads,
-    lanes) float32.
+    `slot` counts over all KV heads' slots; key and value are float32 rows (lanes,).
     """
-    padded = (heads + HEADS - 1) // HEADS * HEADS
-    state = 4 * (lanes + 16)  # per head: values, then maximum and sum
-    scores = scratch
-    part = scratch + 4 * padded * SPLIT
-    total = part + padded * state
-    for split in range(first // SPLIT, last // SPLIT + 1):
-        low = max(first, split * SPLIT)
-        high = min(last, split * SPLIT + SPLIT - 1)
-        into = total if low == first else part
-        for head in range(0, heads, HEADS):
-            _split(kv, q, head, heads, lanes, keys, key_scales, values, value_scales, place, slots,
-                   low, high, split * SPLIT, scores, into + head * state, state)  # fmt: skip
-        if low != first:
-            for head in range(heads):
-                _merge(total + head * state, part + head * state, lanes)
-    for head in range(heads):
-        at = total + head * state
-        factor = sigmoid_one(load_f32(gate + 4 * head)) / load_f32(at + 4 * lanes + 4)
-        for d in range(0, 4 * lanes, 64):
-            store(out + head * 4 * lanes + d, load(F32x16, at + d) * splat(F32x16, factor))
+
+    @cfunc(types.void(*[types.int64] * 5), cache=True, error_model="numpy")
+    def keep_position(record, slot, key, value, lanes):
+        simd  # noqa: B018  # part of the cache key
+        store_key(kv, field(record, Kv.KEYS), field(record, Kv.KEY_SCALES), slot, key, lanes)
+        store_value(
+            kv, field(record, Kv.VALUES), field(record, Kv.VALUE_SCALES), slot, value, lanes
+        )
+
+    return keep_position
+
+
+@cache
+def attending(simd: Simd, kv: KvType) -> Any:
+    """The compiled function for one row and one KV head, all arguments int64:
+
+        q, heads, lanes, cache record, place, first, last, gate, out, scratch
+
+    Positions first..last are visible. q (heads, lanes) float32, normed and rotated; `place` is
+    the KV head's first slot among all heads' slots; gate (heads,) before its sigmoid; out (heads,
+    lanes) float32; scratch holds `state_bytes`.
+    """
+
+    @cfunc(types.void(*[types.int64] * 10), cache=True, error_model="numpy")
+    def attend(q, heads, lanes, record, place, first, last, gate, out, scratch):
+        simd  # noqa: B018  # part of the cache key
+        padded = (heads + HEADS - 1) // HEADS * HEADS
+        state = 4 * (lanes + 16)  # per head: values, then maximum and sum
+        part = scratch + 4 * padded * SPLIT
+        total = part + padded * state
+        for split in range(first // SPLIT, last // SPLIT + 1):
+            low = max(first, split * SPLIT)
+            high = min(last, split * SPLIT + SPLIT - 1)
+            into = total if low == first else part
+            for head in range(0, heads, HEADS):
+                _split(kv, q, head, heads, lanes, record, place, low, high, split * SPLIT,
+                       scratch, into + head * state, state)  # fmt: skip
+            if low != first:
+                for head in range(heads):
+                    _merge(total + head * state, part + head * state, lanes)
+        for head in range(heads):
+            at = total + head * state
+            factor = sigmoid_one(load_f32(gate + 4 * head)) / load_f32(at + 4 * lanes + 4)
+            for d in range(0, 4 * lanes, 64):
+                scaled = load(F32x16, at + d) * splat(F32x16, factor)
+                store(out + head * 4 * lanes + d, scaled)
+
+    return attend
 
 
 @njit(forceinline=True)
-def _merge(total, part, lanes):  # type: ignore[no-untyped-def]
+def _merge(total, part, lanes):
     """Add a split's softmax to the running one."""
     old, new = load_f32(total + 4 * lanes), load_f32(part + 4 * lanes)
     peak = max(old, new)
@@ -239,11 +267,14 @@ def _merge(total, part, lanes):  # type: ignore[no-untyped-def]
     store_f32(total + 4 * lanes + 4, both)
 
 
-@njit
-def _split(kv, q, head, heads, lanes, keys, key_scales, values, value_scales, place, slots,
-           low, high, base, scores, state, state_bytes):  # type: ignore[no-untyped-def]  # fmt: skip
+@device(types.void)
+def _split(kv, q, head, heads, lanes, record, place, low, high, base, scores, state,
+           state_bytes):  # fmt: skip
     """Scores, softmax and weighted values of four query heads over positions low..high of one
     split; heads beyond the last repeat it and are not used."""
+    keys, key_scales = field(record, Kv.KEYS), field(record, Kv.KEY_SCALES)
+    values, value_scales = field(record, Kv.VALUES), field(record, Kv.VALUE_SCALES)
+    slots = field(record, Kv.SLOTS)
     q0 = q + head * 4 * lanes
     q1 = q + min(head + 1, heads - 1) * 4 * lanes
     q2 = q + min(head + 2, heads - 1) * 4 * lanes
@@ -307,8 +338,8 @@ def _split(kv, q, head, heads, lanes, keys, key_scales, values, value_scales, pl
         store(to + 3 * state_bytes + 64, b3)
 
 
-@njit
-def _softmax(scores, low, high, base, peak, out):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _softmax(scores, low, high, base, peak, out):
     """Scores to e^(score - peak); peak and their sum at `out`. Masked lanes hold minus infinity,
     whose clamped exponential must count as nothing."""
     total = zeros(F32x16)

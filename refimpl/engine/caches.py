@@ -84,6 +84,11 @@ class MtpState:
         while len(queue) > 1 and sum(map(len, queue[1:])) >= needed:
             self.start[level] += len(queue.pop(0))
 
+    def begin(self, level: int, position: int) -> None:
+        """The next rows of a layer start at `position`; after a gap, those before it go."""
+        if self.start[level] + sum(map(len, self.pending[level])) != position:
+            self.pending[level], self.start[level] = [], position
+
     def take(self, level: int) -> tuple[int, list[Array]]:
         """Position of the first queued row, and the rows; the queue is then empty."""
         rows, self.pending[level] = self.pending[level], []

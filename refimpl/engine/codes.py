@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
-from numba.extending import overload
 
 from refimpl.engine.formats import IQ4_VALUES
+from refimpl.engine.jit import njit, overload
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
@@ -62,63 +61,63 @@ def iq4(simd: Any, codes: Any) -> Any:
 
 
 @overload(iq4, jit_options=_INLINE)
-def _iq4(simd, codes):  # type: ignore[no-untyped-def]
+def _iq4(simd, codes):
     if simd.parameter.name == "portable":
         return lambda simd, codes: _iq4_generic(codes)
     return lambda simd, codes: lookup16(_iq4_table(), codes)
 
 
 @overload(floats32, jit_options=_INLINE)
-def _floats32(fmt, address):  # type: ignore[no-untyped-def]
+def _floats32(fmt, address):
     if fmt.parameter.name == "F32":
 
-        def f32(fmt, address):  # type: ignore[no-untyped-def]
+        def f32(fmt, address):
             return load(F32x16, address), load(F32x16, address + 64)
 
         return f32
     if fmt.parameter.name == "F16":
 
-        def f16(fmt, address):  # type: ignore[no-untyped-def]
+        def f16(fmt, address):
             first, last = load(F16x16, address), load(F16x16, address + 32)
             return convert(F32x16, first), convert(F32x16, last)
 
         return f16
 
-    def bf16(fmt, address):  # type: ignore[no-untyped-def]
+    def bf16(fmt, address):
         return _bf16(address), _bf16(address + 32)
 
     return bf16 if fmt.parameter.name == "BF16" else None
 
 
 @njit(forceinline=True)
-def _bf16(address):  # type: ignore[no-untyped-def]
+def _bf16(address):
     bits = widen(I32x16, load(I16x16, address))
     return reinterpret(F32x16, shift_left(bits, 16))
 
 
 @njit(forceinline=True)
-def _nibbles(address):  # type: ignore[no-untyped-def]
+def _nibbles(address):
     """Low and high nibbles of 16 bytes."""
     packed = load(I8x16, address)
     return packed & splat(I8x16, 15), shift_right(packed, 4)
 
 
 @njit(forceinline=True)
-def _fifth_bits(address):  # type: ignore[no-untyped-def]
+def _fifth_bits(address):
     """Value 16 where the bits of a 32-bit mask are set, as two byte vectors."""
     bits = load_u32(address)
     return bit_bytes(I8x16, bits & 0xFFFF, 16), bit_bytes(I8x16, bits >> 16, 16)
 
 
 @njit(forceinline=True)
-def _q4_0(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q4_0(simd, fmt, block, j):
     low, high = _nibbles(block + 2)
     d, offset = load_f16(block), splat(I8x16, 8)
     return low - offset, high - offset, d, d, _ZERO
 
 
 @njit(forceinline=True)
-def _q5_0(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q5_0(simd, fmt, block, j):
     low, high = _nibbles(block + 6)
     first, last = _fifth_bits(block + 2)
     d, offset = load_f16(block), splat(I8x16, 16)
@@ -126,7 +125,7 @@ def _q5_0(simd, fmt, block, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _q5_1(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q5_1(simd, fmt, block, j):
     low, high = _nibbles(block + 8)
     first, last = _fifth_bits(block + 4)
     d = load_f16(block)
@@ -134,20 +133,20 @@ def _q5_1(simd, fmt, block, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _q8_0(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q8_0(simd, fmt, block, j):
     d = load_f16(block)
     return load(I8x16, block + 2), load(I8x16, block + 18), d, d, _ZERO
 
 
 @njit(forceinline=True)
-def _iq4_nl(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _iq4_nl(simd, fmt, block, j):
     low, high = _nibbles(block + 2)
     d = load_f16(block)
     return iq4(simd, low), iq4(simd, high), d, d, _ZERO
 
 
 @njit(forceinline=True)
-def _scale_and_min(scales, j):  # type: ignore[no-untyped-def]
+def _scale_and_min(scales, j):
     """The 6-bit scale and minimum of sub-block j of a Q4_K or Q5_K block."""
     if j < 4:
         return load_u8(scales + j) & 63, load_u8(scales + j + 4) & 63
@@ -157,7 +156,7 @@ def _scale_and_min(scales, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _nibbles_of_pair(address, j):  # type: ignore[no-untyped-def]
+def _nibbles_of_pair(address, j):
     """32 nibbles of 32 bytes: the low ones for even j, the high ones for odd j."""
     bits, low = (j & 1) * 4, splat(I8x16, 15)
     first, last = load(I8x16, address), load(I8x16, address + 16)
@@ -165,7 +164,7 @@ def _nibbles_of_pair(address, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _q4_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q4_k(simd, fmt, block, j):
     scale, minimum = _scale_and_min(block + 4, j)
     first, last = _nibbles_of_pair(block + 16 + (j >> 1) * 32, j)
     d = load_f16(block) * np.float32(scale)
@@ -173,7 +172,7 @@ def _q4_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _q5_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q5_k(simd, fmt, block, j):
     scale, minimum = _scale_and_min(block + 4, j)
     first, last = _nibbles_of_pair(block + 48 + (j >> 1) * 32, j)
     one = splat(I8x16, 1)
@@ -190,7 +189,7 @@ def _q5_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _q6_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _q6_k(simd, fmt, block, j):
     half, quarter = j >> 2, j & 3
     low = block + half * 64 + (quarter & 1) * 32
     high = block + 128 + half * 32
@@ -207,7 +206,7 @@ def _q6_k(simd, fmt, block, j):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _iq4_xs(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _iq4_xs(simd, fmt, block, j):
     low = (load_u8(block + 4 + (j >> 1)) >> (4 * (j & 1))) & 15
     high = (load_u16(block + 2) >> (2 * j)) & 3
     first, last = _nibbles(block + 8 + 16 * j)
@@ -229,6 +228,6 @@ _DECODERS = {
 
 
 @overload(codes32, jit_options=_INLINE)
-def _codes32(simd, fmt, block, j):  # type: ignore[no-untyped-def]
+def _codes32(simd, fmt, block, j):
     decoder = _DECODERS.get(fmt.parameter.name)
     return None if decoder is None else lambda simd, fmt, block, j: decoder(simd, fmt, block, j)

@@ -10,8 +10,8 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from refimpl.engine.jit import njit
 from refimpl.engine.vec import load_f32, load_i64
 
 
@@ -59,7 +59,7 @@ class Layer(IntEnum):
     K = 22
     V = 23
     G = 24
-    O = 25  # noqa: E741
+    O = 25
     GATE = 26  # dense, or routed experts
     UP = 27
     DOWN = 28
@@ -136,7 +136,9 @@ class Step(IntEnum):
     HEAD_FIRST = 49  # first row whose logits are wanted
     OUT_LOGITS = 50
     OUT_BYTES = 51
-    SIZE = 52
+    STORE = 52  # addresses of attention.storing and attention.attending
+    ATTEND = 53
+    SIZE = 54
 
 
 @njit(forceinline=True)

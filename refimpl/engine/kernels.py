@@ -19,10 +19,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
+from numba import types
 
 from refimpl.engine.codes import codes32, floats32
 from refimpl.engine.formats import FORMATS, Format
+from refimpl.engine.jit import cfunc
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -76,7 +77,7 @@ def _plain_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     step = fmt.block_bytes
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def plain_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def plain_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
         blocks = columns // 32
         for r in range(rows):
@@ -113,7 +114,7 @@ def _float_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     block_bytes, sub_blocks = fmt.block_bytes, fmt.sub_blocks
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def float_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def float_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         blocks = columns // (32 * sub_blocks)
         for r in range(rows):
             block = w + r * row_bytes
@@ -159,7 +160,7 @@ def _integer_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     has_minimum = fmt.name in WITH_MINIMUM
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def integer_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def integer_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         blocks = columns // (32 * sub_blocks)
         sums = columns // 8  # from the scales to the sums, bytes
         for r in range(rows):

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import cfunc, njit, types
-from numba.extending import overload
+from numba import types
 
 from refimpl.engine.formats import IQ4_VALUES, Format
+from refimpl.engine.jit import cfunc, njit, overload
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x16,
@@ -91,7 +91,7 @@ def quads(fmt: Any, w: int) -> Any:
 
 
 @njit(forceinline=True)
-def _quads_18(w):  # type: ignore[no-untyped-def]
+def _quads_18(w):
     """Four blocks of 18 bytes: nibbles and scales."""
     bytes64 = load(I8x64, w)
     packed = insert_high16(_permute_18(bytes64), w + 56)
@@ -100,7 +100,7 @@ def _quads_18(w):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _four_nibbles(w, stride):  # type: ignore[no-untyped-def]
+def _four_nibbles(w, stride):
     """The nibbles of four 16-byte pieces."""
     first = join_i8x16(load(I8x16, w), load(I8x16, w + stride))
     last = join_i8x16(load(I8x16, w + 2 * stride), load(I8x16, w + 3 * stride))
@@ -109,7 +109,7 @@ def _four_nibbles(w, stride):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _four_masks(w, stride):  # type: ignore[no-untyped-def]
+def _four_masks(w, stride):
     """16 bits of each of four blocks as one mask."""
     low = load_u16(w) | load_u16(w + stride) << 16
     high = load_u16(w + 2 * stride) | load_u16(w + 3 * stride) << 16
@@ -117,25 +117,25 @@ def _four_masks(w, stride):  # type: ignore[no-untyped-def]
 
 
 @overload(quads, jit_options=_INLINE)
-def _quads(fmt, w):  # type: ignore[no-untyped-def]
+def _quads(fmt, w):
     name = fmt.parameter.name
 
-    def q4_0(fmt, w):  # type: ignore[no-untyped-def]
+    def q4_0(fmt, w):
         low, high, d = _quads_18(w)
         return low, high, d, d
 
-    def iq4_nl(fmt, w):  # type: ignore[no-untyped-def]
+    def iq4_nl(fmt, w):
         low, high, d = _quads_18(w)
         return lookup64(_iq4_unsigned(), low), lookup64(_iq4_unsigned(), high), d, d
 
-    def q5_0(fmt, w):  # type: ignore[no-untyped-def]
+    def q5_0(fmt, w):
         low, high = _four_nibbles(w + 6, 22)
         low = low | bit_bytes(I8x64, _four_masks(w + 2, 22), 16)
         high = high | bit_bytes(I8x64, _four_masks(w + 4, 22), 16)
         d = repeated_halves(w, 22, 4)
         return low, high, d, d
 
-    def q5_1(fmt, w):  # type: ignore[no-untyped-def]
+    def q5_1(fmt, w):
         low, high = _four_nibbles(w + 8, 24)
         low = low | bit_bytes(I8x64, _four_masks(w + 4, 24), 16)
         high = high | bit_bytes(I8x64, _four_masks(w + 6, 24), 16)
@@ -145,7 +145,7 @@ def _quads(fmt, w):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _add_quads(low, high, d, minima, has_minimum, x, acc):  # type: ignore[no-untyped-def]
+def _add_quads(low, high, d, minima, has_minimum, x, acc):
     """acc + the products of four blocks with 128 activations."""
     if has_minimum:
         dot = dot64(zeros(I32x16), low, load(I8x64, x))
@@ -157,7 +157,7 @@ def _add_quads(low, high, d, minima, has_minimum, x, acc):  # type: ignore[no-un
 
 
 @njit(forceinline=True)
-def _copied(tail, w, count, size):  # type: ignore[no-untyped-def]
+def _copied(tail, w, count, size):
     """Copy `count` bytes and fill up to `size` with zeros."""
     for i in range(count):
         store_i8(tail + i, load_u8(w + i))
@@ -173,7 +173,7 @@ def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     has_minimum = fmt.kind512 == "quads_min"
 
     @cfunc(_SIGNATURE, **_OPTIONS)
-    def quads_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def quads_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
         tail = stack(128)
         whole, rest = columns // 128, columns % 128 // 32
@@ -208,7 +208,7 @@ def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
 
 
 @njit(forceinline=True)
-def _add_pair(codes, d, x, acc):  # type: ignore[no-untyped-def]
+def _add_pair(codes, d, x, acc):
     """acc + the products of two blocks with 64 activations."""
     dot = dot64(load(I32x16, x + 128), codes, load(I8x64, x))
     return fma(convert(F32x16, dot), d * load(F32x16, x + 64), acc)
@@ -218,7 +218,7 @@ def _pairs_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     """Q8_0; signed codes become unsigned by flipping their highest bit, which adds 128."""
 
     @cfunc(_SIGNATURE, **_OPTIONS)
-    def pairs_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def pairs_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd, fmt  # noqa: B018  # part of the cache key
         tail = stack(128)
         whole, rest = columns // 64, columns % 64 // 32
@@ -274,15 +274,15 @@ def spread(fmt: Any, scales: Any) -> Any:
 
 
 @overload(spread, jit_options=_INLINE)
-def _spread(fmt, scales):  # type: ignore[no-untyped-def]
-    def with_minimum(fmt, scales):  # type: ignore[no-untyped-def]
+def _spread(fmt, scales):
+    def with_minimum(fmt, scales):
         return _min_0(scales), _min_1(scales), _min_2(scales), _min_3(scales)
 
-    def halves(fmt, scales):  # type: ignore[no-untyped-def]
+    def halves(fmt, scales):
         first, last = _quarter_0(scales), _quarter_1(scales)
         return first, first, last, last
 
-    def quarters(fmt, scales):  # type: ignore[no-untyped-def]
+    def quarters(fmt, scales):
         return _quarter_0(scales), _quarter_1(scales), _quarter_2(scales), _quarter_3(scales)
 
     kinds = {"super_min": with_minimum, "super_halves": halves, "super": quarters}
@@ -290,7 +290,7 @@ def _spread(fmt, scales):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _k_scales(block):  # type: ignore[no-untyped-def]
+def _k_scales(block):
     """d times the eight scales, then dmin times the eight minima, of a Q4_K or Q5_K block."""
     a, b, c = load_u32(block + 4), load_u32(block + 8), load_u32(block + 12)
     top_a, top_b = (a >> 6) & 0x03030303, (b >> 6) & 0x03030303
@@ -301,13 +301,13 @@ def _k_scales(block):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _nibbles64(at):  # type: ignore[no-untyped-def]
+def _nibbles64(at):
     packed = load(I8x64, at)
     return packed & splat(I8x64, 15), shift_right(packed, 4)
 
 
 @njit(forceinline=True)
-def _two_bits(low, high, top):  # type: ignore[no-untyped-def]
+def _two_bits(low, high, top):
     """64 + 64 codes of Q6_K: nibbles and the 32 bytes that hold their two high bits."""
     bits, three = join_i8x32(top, shift_right(top, 2)), splat(I8x64, 3)
     low = low | shift_left(bits & three, 4)
@@ -321,13 +321,13 @@ _bits_5_7 = literal(I8x64, [32] * 32 + [128] * 32)
 
 
 @overload(super_codes, jit_options=_INLINE)
-def _super_codes(fmt, w):  # type: ignore[no-untyped-def]
-    def q4_k(fmt, w):  # type: ignore[no-untyped-def]
+def _super_codes(fmt, w):
+    def q4_k(fmt, w):
         low0, high0 = _nibbles64(w + 16)
         low1, high1 = _nibbles64(w + 80)
         return low0, high0, low1, high1, _k_scales(w)
 
-    def q5_k(fmt, w):  # type: ignore[no-untyped-def]
+    def q5_k(fmt, w):
         low0, high0 = _nibbles64(w + 48)
         low1, high1 = _nibbles64(w + 112)
         top, value = load(I8x32, w + 16), splat(I8x64, 16)
@@ -338,7 +338,7 @@ def _super_codes(fmt, w):  # type: ignore[no-untyped-def]
         high1 = high1 | where_bits(top, _bits_5_7(), value)
         return low0, high0, low1, high1, _k_scales(w)
 
-    def q6_k(fmt, w):  # type: ignore[no-untyped-def]
+    def q6_k(fmt, w):
         low0, high0 = _nibbles64(w)
         low1, high1 = _nibbles64(w + 64)
         low0, high0 = _two_bits(low0, high0, load(I8x32, w + 128))
@@ -346,7 +346,7 @@ def _super_codes(fmt, w):  # type: ignore[no-untyped-def]
         lanes = convert(I32x16, load(I8x16, w + 192))
         return low0, high0, low1, high1, convert(F32x16, lanes) * splat(F32x16, load_f16(w + 208))
 
-    def iq4_xs(fmt, w):  # type: ignore[no-untyped-def]
+    def iq4_xs(fmt, w):
         low0, high0 = _nibbles64(w + 8)
         low1, high1 = _nibbles64(w + 72)
         table = _iq4_unsigned()
@@ -362,7 +362,7 @@ def _super_codes(fmt, w):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _iq4_xs_scales(w):  # type: ignore[no-untyped-def]
+def _iq4_xs_scales(w):
     """The eight scales, twice: four low bits from one place and two high bits from another, each
     spread to one byte a scale."""
     low = load_u32(w + 4)
@@ -379,7 +379,7 @@ def _iq4_xs_scales(w):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _add_super(fmt, c0, c1, c2, c3, scales, x, acc):  # type: ignore[no-untyped-def]
+def _add_super(fmt, c0, c1, c2, c3, scales, x, acc):
     """acc + the products of one block with 256 activations."""
     acc = fma(scales, load(F32x16, x + 320), acc)
     f0, f1, f2, f3 = spread(fmt, scales * load(F32x16, x + 256))
@@ -395,7 +395,7 @@ def _super_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     step = fmt.block_bytes
 
     @cfunc(_SIGNATURE, **_OPTIONS)
-    def super_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):  # type: ignore[no-untyped-def]
+    def super_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
         blocks = columns // 256
         for r in range(rows):

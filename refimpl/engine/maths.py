@@ -10,13 +10,15 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import types
 
+from refimpl.engine.jit import njit
 from refimpl.engine.vec import (
     F32x8,
     F32x16,
     I32x16,
     convert,
+    device,
     fma,
     load,
     load_f32,
@@ -78,8 +80,8 @@ def sigmoid_one(x: Any) -> Any:
     return _ONE / (_ONE + exp_one(-x))
 
 
-@njit
-def rms_norm(x, scale, n, eps, out):  # type: ignore[no-untyped-def]
+@device(types.void)
+def rms_norm(x, scale, n, eps, out):
     """out = x / sqrt(mean(x^2) + eps) * scale over n values (a multiple of 32)."""
     a, b = zeros(F32x16), zeros(F32x16)
     for i in range(0, 4 * n, 128):
@@ -91,8 +93,8 @@ def rms_norm(x, scale, n, eps, out):  # type: ignore[no-untyped-def]
         store(out + i, load(F32x16, x + i) * factor * load(F32x16, scale + i))
 
 
-@njit
-def swiglu(gate, up, n, limit, out):  # type: ignore[no-untyped-def]
+@device(types.void)
+def swiglu(gate, up, n, limit, out):
     """out = min(silu(gate), limit) * clip(up, -limit, limit) over n values (a multiple of 16)."""
     high, low = splat(F32x16, limit), splat(F32x16, -limit)
     for i in range(0, 4 * n, 64):
@@ -101,8 +103,8 @@ def swiglu(gate, up, n, limit, out):  # type: ignore[no-untyped-def]
         store(out + i, silu * vmin(high, vmax(low, u)))
 
 
-@njit
-def rotate(x, half, cos, sin):  # type: ignore[no-untyped-def]
+@device(types.void)
+def rotate(x, half, cos, sin):
     """Rotate pairs (i, i + half) of a head in place by the angles whose cos and sin are given."""
     whole = half // 8 * 8
     for i in range(0, 4 * whole, 32):
@@ -118,14 +120,14 @@ def rotate(x, half, cos, sin):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def add_rows(x, y, n):  # type: ignore[no-untyped-def]
+def add_rows(x, y, n):
     """x += y over n values (a multiple of 16)."""
     for i in range(0, 4 * n, 64):
         store(x + i, load(F32x16, x + i) + load(F32x16, y + i))
 
 
 @njit(forceinline=True)
-def add_scaled(x, y, factor, n):  # type: ignore[no-untyped-def]
+def add_scaled(x, y, factor, n):
     """x += factor * y over n values (a multiple of 16)."""
     f = splat(F32x16, factor)
     for i in range(0, 4 * n, 64):
@@ -133,14 +135,14 @@ def add_scaled(x, y, factor, n):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def fill_zero(x, n):  # type: ignore[no-untyped-def]
+def fill_zero(x, n):
     """x = 0 over n values (a multiple of 16)."""
     for i in range(0, 4 * n, 64):
         store(x + i, zeros(F32x16))
 
 
 @njit(forceinline=True)
-def copy_rows(x, y, n):  # type: ignore[no-untyped-def]
+def copy_rows(x, y, n):
     """y = x over n values (a multiple of 16)."""
     for i in range(0, 4 * n, 64):
         store(y + i, load(F32x16, x + i))

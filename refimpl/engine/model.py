@@ -59,9 +59,7 @@ class EngineModel:
         self._source, self._ring, self._micro_batch = source, ring, micro_batch
         self._kv = _kv_type(kv_type or ("f32" if exact else "f16"))
         self._team = Team(default_threads() if threads is None else threads)
-        self._program = Program(
-            source, self._team, choose_simd(simd), exact, self._kv, micro_batch
-        )
+        self._program = Program(source, self._team, choose_simd(simd), exact, self._kv, micro_batch)
 
     @property
     def config(self) -> ModelConfig:
@@ -90,9 +88,7 @@ class EngineModel:
         require_memory(
             self.cache_bytes(capacity), f"a context of {capacity} tokens ({self._kv.name} KV)"
         )
-        return EngineCache(
-            self, self.config, self._kv, capacity, self._micro_batch, self._ring
-        )
+        return EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
 
     def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
         """Append a chunk of T prompt tokens; logits (1, V), or (T, V) with `all_logits`."""
@@ -155,13 +151,10 @@ class EngineModel:
             rows, logits = self._mtp_rows(k, u, ids, start, own)
             verified = max(0, min(len(u), n - k - start))  # rows whose token is no draft
             state.start[k] = start + verified
-            if len(u) - verified > len(carried):
-                raise AssertionError("a waiting row's token is not known")
             waiting_again = u[verified : len(u) - len(carried)]
             state.add(k, waiting_again)
             if k + 1 < layers:
-                if not state.pending[k + 1]:
-                    state.start[k + 1] = max(state.start[k + 1], start)
+                state.begin(k + 1, start)
                 state.add(k + 1, rows[:verified])
             carried = rows[verified:]
             drafts.append(int(choose(logits)))
@@ -175,9 +168,7 @@ class EngineModel:
         """Run T rows; logits of the last `wanted` ones."""
         h = self._source.rows("embed_tokens", None, ids.tolist(), np.float32)
         n = self.config.num_hidden_layers
-        hidden, logits = self._program.run(
-            h, range(n), cache, cache.length, len(ids) - wanted
-        )
+        hidden, logits = self._program.run(h, range(n), cache, cache.length, len(ids) - wanted)
         cache.tokens.extend(ids.tolist())
         cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
         return Step(logits, hidden)

@@ -13,12 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import types
 
 from refimpl.engine.fields import Layer, Matrix, Step, field, float_field
+from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, add_scaled, fill_zero, vsigmoid
 from refimpl.engine.vec import (
     F32x16,
+    device,
     load,
     load_f32,
     load_i64,
@@ -30,9 +32,9 @@ from refimpl.engine.vec import (
 )
 from refimpl.engine.work import (
     FIRST_Y,
-    UNUSED_Y,
     FREE,
     MAX_CHUNK,
+    UNUSED_Y,
     claim,
     claims,
     product,
@@ -48,8 +50,8 @@ def group_table_bytes(experts: int, pairs: int) -> int:
     return 8 * (2 + 2 * experts + pairs)
 
 
-@njit
-def select(step, layer, t, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def select(step, layer, t, mine):
     """The experts of row t, ascending, and their weights; ties go to the lower index."""
     experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
     logits = field(step, Step.LOGITS) + t * field(step, Step.LOGITS_BYTES)
@@ -60,7 +62,7 @@ def select(step, layer, t, mine):  # type: ignore[no-untyped-def]
     for i in range(0, 4 * experts, 64):  # the rows of logits are padded to 16
         store(logits + i, vsigmoid(load(F32x16, logits + i)))
     for _ in range(k):
-        best = np.int64(-1)
+        best: Any = np.int64(-1)
         best_score = np.float32(0)
         for e in range(experts):
             if load_u8(taken + e) == 0:
@@ -83,8 +85,8 @@ def select(step, layer, t, mine):  # type: ignore[no-untyped-def]
         store_f32(weights + 4 * pair, weight * scale)
 
 
-@njit
-def group_by_expert(step):  # type: ignore[no-untyped-def]
+@device(types.void)
+def group_by_expert(step):
     """Fill the group table from the selection of all rows."""
     experts = field(step, Step.EXPERTS)
     pairs = field(step, Step.ROWS) * field(step, Step.TOP_K)
@@ -110,8 +112,8 @@ def group_by_expert(step):  # type: ignore[no-untyped-def]
     _place_pairs(pairs, chosen, numbers, starts, ordered, used)
 
 
-@njit
-def _place_pairs(pairs, chosen, numbers, starts, ordered, used):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _place_pairs(pairs, chosen, numbers, starts, ordered, used):
     """Put every pair behind those of its expert: advance each start, then set them back."""
     for pair in range(pairs):
         e = load_i64(chosen + 8 * pair)
@@ -135,8 +137,8 @@ def _pair(ordered: Any, i: Any, end: Any) -> Any:
     return load_i64(ordered + 8 * min(i, end - 1))
 
 
-@njit
-def expert_swiglu_phase(step, layer, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def expert_swiglu_phase(step, layer, mine):
     """SwiGLU products of all pairs; no barrier at the end."""
     gate, up = field(layer, Layer.GATE), field(layer, Layer.UP)
     experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
@@ -169,8 +171,8 @@ def expert_swiglu_phase(step, layer, mine):  # type: ignore[no-untyped-def]
                         limit, mine)  # fmt: skip
 
 
-@njit
-def expert_down_phase(step, layer, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def expert_down_phase(step, layer, mine):
     """h += sum of weighted expert outputs + shared expert; no barrier at the end."""
     down, shared = field(layer, Layer.DOWN), field(layer, Layer.SHARED_DOWN)
     rows, count = field(down, Matrix.ROWS), field(step, Step.ROWS)
@@ -197,8 +199,8 @@ def expert_down_phase(step, layer, mine):  # type: ignore[no-untyped-def]
                 add_rows(h + at, routed + at, n)
 
 
-@njit
-def _add_experts(step, down, first, n, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _add_experts(step, down, first, n, mine):
     """routed += weighted outputs of all pairs, rows first..first+n, experts ascending."""
     experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
     table, weights = field(step, Step.GROUPS), field(step, Step.WEIGHTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from refimpl.backend import Array
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
-from refimpl.engine.attention import KvType, state_bytes
+from refimpl.engine.attention import KvType, attending, state_bytes, storing
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.fields import Step, float_bits
 from refimpl.engine.memory import Bytes, address, require_memory, round_up, zeroed
@@ -58,8 +59,9 @@ class Program:
         self._memory: list[Bytes] = []
         self._barrier = zeroed(64)
         self._allocate()
-        self._fixed_fields(prepare(simd).address)
-        self._run = runner(simd, kv).ctypes
+        self._fixed_fields(simd, kv)
+        self._run = runner(simd).ctypes
+        self._lock = threading.Lock()
 
     def run(
         self,
@@ -81,31 +83,41 @@ class Program:
         Raises:
             CheckpointError: the checkpoint file shrank.
         """
-        self._records.check_files()
-        count, step = len(h), self._step
-        head = self._heads[layers[-1]]
-        rows = self._h[:count]
-        rows[:] = h
+        logits = np.empty((len(h) - head_first, self._config.vocab_size), dtype=np.float32)
+        with self._lock:
+            self._records.check_files()
+            rows = self._h[: len(h)]
+            rows[:] = h
+            given = None if embedded is None else np.ascontiguousarray(embedded, np.float32)
+            self._fill(len(h), layers, cache, start, given)
+            self._fill_head(self._heads[layers[-1]], head_first, logits)
+            self._team.run(self._run, address(self._step))
+            return rows.copy(), logits
+
+    def _fill(self, count: int, layers: range, cache: EngineCache, start: int,
+              embedded: Array | None) -> None:  # fmt: skip
+        """What differs from run to run: rows, layers, caches, positions."""
+        step, head = self._step, self._heads[layers[-1]]
         self._rotations(start, count)
         step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
         step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
         step[Step.KV_TABLE] = address(cache.table) + 8 * layers[0]
         step[Step.EMBEDDED] = 0
         if embedded is not None:
-            given = np.ascontiguousarray(embedded, dtype=np.float32)
-            step[Step.EMBEDDED] = address(given)
             assert head.eh_site is not None
+            step[Step.EMBEDDED] = address(embedded)
             step[Step.EH], step[Step.EH_PLAN] = head.eh, address(head.eh_site.plan)
             step[Step.ENORM], step[Step.HNORM] = head.enorm, head.hnorm
-        logits = np.empty((count - head_first, self._config.vocab_size), dtype=np.float32)
-        step[Step.HEAD] = head.matrix if len(logits) else 0
-        step[Step.FINAL_NORM], step[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
-        step[Step.HEAD_FIRST] = head_first
-        step[Step.OUT_LOGITS], step[Step.OUT_BYTES] = address(logits), 4 * logits.shape[1]
         self._claims[:] = 0
         step[Step.BARRIER_BASE] = int(self._barrier[:8].view(np.int64)[0])
-        self._team.run(self._run, address(step))
-        return rows.copy(), logits
+
+    def _fill_head(self, head: _Head, first: int, logits: Array) -> None:
+        """Which head, for which rows, and where its logits go (none: no head is run)."""
+        step = self._step
+        step[Step.HEAD] = head.matrix if len(logits) else 0
+        step[Step.FINAL_NORM], step[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
+        step[Step.HEAD_FIRST] = first
+        step[Step.OUT_LOGITS], step[Step.OUT_BYTES] = address(logits), 4 * logits.shape[1]
 
     def _layer(self, index: int) -> LayerRecord:
         c = self._config
@@ -199,14 +211,16 @@ class Program:
             for _ in range(2)
         ]
 
-    def _fixed_fields(self, prepare_address: int) -> None:
+    def _fixed_fields(self, simd: Simd, kv: KvType) -> None:
         c, step = self._config, self._step
         step[Step.HIDDEN_SIZE], step[Step.EXPERTS] = c.hidden_size, c.moe_num_experts
         step[Step.TOP_K] = c.moe_top_k
         step[Step.EPS] = float_bits(c.rms_norm_eps)
         step[Step.ROUTER_SCALE] = float_bits(c.moe_router_scaling_factor)
         step[Step.THREADS], step[Step.BARRIER] = self._team.size, address(self._barrier)
-        step[Step.PREPARE] = prepare_address
+        step[Step.PREPARE] = prepare(simd).address
+        step[Step.STORE] = storing(simd, kv).address
+        step[Step.ATTEND] = attending(simd, kv).address
         for number, tables in zip((Step.COS, Step.SIN), self._tables, strict=True):
             places = np.array([address(t) for t in tables], dtype=np.int64)
             step[number] = self._records.keep(places)
@@ -218,4 +232,3 @@ class Program:
             cos, sin = angles(positions, freqs)  # (T, R/2) each
             self._tables[0][i][:count] = cos
             self._tables[1][i][:count] = sin
-

@@ -22,7 +22,7 @@ from refimpl.engine.activations import FLOAT, form_bytes, form_of
 from refimpl.engine.fields import Layer, Matrix, float_bits
 from refimpl.engine.formats import FORMATS, SUB_BLOCK
 from refimpl.engine.kernels import PLAIN, kernel
-from refimpl.engine.memory import address, round_up
+from refimpl.engine.memory import address
 from refimpl.engine.simd import Simd
 from refimpl.engine.work import MAX_CHUNK
 from refimpl.errors import CheckpointError, InputError
@@ -221,9 +221,7 @@ def _ffn(records: Records, made: Record, spec: LayerSpec, hidden_size: int,
     shared = records.site(widths[1], ("shared.down",), i)
     made[Layer.IS_MOE] = 1
     made[Layer.ROUTER] = records.matrix("router", i, ffn)
-    made[Layer.ROUTER_BIAS] = records.vector(
-        records.source.vector("router_bias", i, np.float32)
-    )
+    made[Layer.ROUTER_BIAS] = records.vector(records.source.vector("router_bias", i, np.float32))
     for number, key in ((Layer.GATE, "experts.gate"), (Layer.UP, "experts.up"),
                         (Layer.SHARED_GATE, "shared.gate"),
                         (Layer.SHARED_UP, "shared.up")):  # fmt: skip

@@ -23,6 +23,10 @@ from numba.extending import models, register_model, typeof_impl
 from refimpl.errors import InputError
 
 SIMD_NAMES = ("avx512", "avx2", "portable")
+_COMPILED = (
+    "activations", "attention", "codes", "fields", "formats", "jit", "kernels", "kernels512",
+    "maths", "moe", "simd", "step", "sync", "vec", "work", "x86",
+)  # fmt: skip
 _ENVIRONMENT = "REFIMPL_SIMD"
 _NEEDS = {
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi", "avx2", "f16c"),
@@ -46,8 +50,9 @@ class Simd(Parameter):
         name: 'avx512' (with VNNI and VBMI), 'avx2', or 'portable' (LLVM's generic vectors).
         dot: the 256-bit instruction for sums of four byte products: 'avx512vnni', 'avxvnni', or
             '' (two multiply-add instructions).
-        sources: hash of the engine's source files; compiled kernels on disk are found by it, so
-            that a kernel is compiled again when anything that it is made from has changed.
+        sources: hash of the source files of compiled code; compiled kernels on disk are found by
+            it, so that they are compiled again when anything that they are made from has changed
+            (Numba by itself looks at the file of the outermost function only).
     """
 
     dot: str
@@ -84,10 +89,10 @@ def _lower_parameter(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @cache
 def sources_hash() -> str:
-    """Hash of the engine's source files."""
+    """Hash of the source files of compiled code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for name in _COMPILED:
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]
 
 

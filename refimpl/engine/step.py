@@ -1,6 +1,6 @@
 """T rows through the model, whole, in one function without the interpreter's lock.
 
-`runner(simd, kv)` gives the compiled function (step record, thread number) that every thread
+`runner(simd)` gives the compiled function (step record, thread number) that every thread
 calls; it goes through the layers of the record and, where asked for, the MTP input projection
 before and the output head after them. Shapes and meanings are in `refimpl.engine.fields`.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import cfunc, njit, types
+from numba import types
 
-from refimpl.engine.attention import KvType, attend, store_key, store_value
 from refimpl.engine.fields import Kv, Layer, Step, field, float_field
+from refimpl.engine.jit import cfunc
 from refimpl.engine.maths import rms_norm, rotate
 from refimpl.engine.moe import (
     expert_down_phase,
@@ -22,7 +22,8 @@ from refimpl.engine.moe import (
     select,
 )
 from refimpl.engine.simd import Simd
-from refimpl.engine.vec import load_i64
+from refimpl.engine.sync import call_address
+from refimpl.engine.vec import device, load_i64
 from refimpl.engine.work import (
     FREE,
     adding_phase,
@@ -43,11 +44,11 @@ CLAIMS_PER_LAYER = 16
 
 
 @cache
-def runner(simd: Simd, kv: KvType) -> Any:
-    """The compiled step for a KV type."""
+def runner(simd: Simd) -> Any:
+    """The compiled step."""
 
     @cfunc(SIGNATURE, cache=True, error_model="numpy")
-    def run(step, thread):  # type: ignore[no-untyped-def]
+    def run(step, thread):
         simd  # noqa: B018  # part of the cache key
         mine = scratch_of(step, thread)
         begin(mine)
@@ -56,7 +57,7 @@ def runner(simd: Simd, kv: KvType) -> Any:
         for i in range(field(step, Step.LAYERS)):
             layer = load_i64(field(step, Step.LAYER_TABLE) + 8 * i)
             cache = load_i64(field(step, Step.KV_TABLE) + 8 * i)
-            _attention(kv, step, layer, cache, mine)
+            _attention(step, layer, cache, mine)
             if field(layer, Layer.IS_MOE):
                 _moe(step, layer, mine, thread)
             else:
@@ -67,8 +68,8 @@ def runner(simd: Simd, kv: KvType) -> Any:
     return run
 
 
-@njit
-def _norm_phase(step, mine, x, x_bytes, scale, plan, count):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _norm_phase(step, mine, x, x_bytes, scale, plan, count):
     """Normed rows and their forms into the blobs, barrier included."""
     size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
     blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
@@ -82,8 +83,8 @@ def _norm_phase(step, mine, x, x_bytes, scale, plan, count):  # type: ignore[no-
     wait(step, mine)
 
 
-@njit
-def _mtp_input(step, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _mtp_input(step, mine):
     """h = eh_proj [enorm(embedding), hnorm(h)]: embedding half first."""
     size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
     blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
@@ -102,8 +103,8 @@ def _mtp_input(step, mine):  # type: ignore[no-untyped-def]
     wait(step, mine)
 
 
-@njit
-def _attention(kv, step, layer, cache, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _attention(step, layer, cache, mine):
     """h += attention(norm(h))."""
     h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
     count = field(step, Step.ROWS)
@@ -111,9 +112,9 @@ def _attention(kv, step, layer, cache, mine):  # type: ignore[no-untyped-def]
     _norm_phase(step, mine, h, h_bytes, scale, plan, count)
     _projections(step, layer, mine, count)
     wait(step, mine)
-    _positions(kv, step, layer, cache, mine, count)
+    _positions(step, layer, cache, mine, count)
     wait(step, mine)
-    _heads(kv, step, layer, cache, mine, count)
+    _heads(step, layer, cache, mine, count)
     wait(step, mine)
     blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
     columns = field(layer, Layer.HEADS) * field(layer, Layer.LANES)
@@ -123,8 +124,8 @@ def _attention(kv, step, layer, cache, mine):  # type: ignore[no-untyped-def]
     wait(step, mine)
 
 
-@njit
-def _projections(step, layer, mine, count):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _projections(step, layer, mine, count):
     """Queries, keys, values and gates."""
     x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
     kv_bytes = field(step, Step.KV_BYTES)
@@ -138,8 +139,8 @@ def _projections(step, layer, mine, count):  # type: ignore[no-untyped-def]
                  field(step, Step.GATES), field(step, Step.GATE_BYTES))  # fmt: skip
 
 
-@njit
-def _positions(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _positions(step, layer, cache, mine, count):
     """Norm and rotate queries and keys; put keys and values into the cache."""
     lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
     heads = field(layer, Layer.HEADS) // groups
@@ -164,15 +165,12 @@ def _positions(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-
         rms_norm(key, field(layer, Layer.K_NORM), lanes, eps, key)
         rotate(key, half, c, s)
         slot = g * slots + (field(step, Step.START) + t) % slots
-        store_key(kv, field(cache, Kv.KEYS), field(cache, Kv.KEY_SCALES), slot, key, lanes)
         value = field(step, Step.VALUES) + at
-        store_value(
-            kv, field(cache, Kv.VALUES), field(cache, Kv.VALUE_SCALES), slot, value, lanes
-        )
+        call_address(field(step, Step.STORE), (cache, slot, key, value, lanes))
 
 
-@njit
-def _heads(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _heads(step, layer, cache, mine, count):
     """Gated attention of every row and KV head into the heads' blobs."""
     lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
     heads, window = field(layer, Layer.HEADS) // groups, field(layer, Layer.WINDOW)
@@ -187,15 +185,25 @@ def _heads(kv, step, layer, cache, mine, count):  # type: ignore[no-untyped-def]
         last = start + t
         first = max(0, last - window + 1) if window else 0
         at = 4 * g * heads
-        attend(kv, field(step, Step.QUERIES) + t * field(step, Step.QUERY_BYTES) + at * lanes,
-               heads, lanes, field(cache, Kv.KEYS), field(cache, Kv.KEY_SCALES),
-               field(cache, Kv.VALUES), field(cache, Kv.VALUE_SCALES), g * slots, slots,
-               first, last, field(step, Step.GATES) + t * field(step, Step.GATE_BYTES) + at,
-               blob + t * blob_bytes + at * lanes, mine + FREE)  # fmt: skip
+        call_address(
+            field(step, Step.ATTEND),
+            (
+                field(step, Step.QUERIES) + t * field(step, Step.QUERY_BYTES) + at * lanes,
+                heads,
+                lanes,
+                cache,
+                g * slots,
+                first,
+                last,
+                field(step, Step.GATES) + t * field(step, Step.GATE_BYTES) + at,
+                blob + t * blob_bytes + at * lanes,
+                mine + FREE,
+            ),
+        )
 
 
-@njit
-def _dense(step, layer, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _dense(step, layer, mine):
     """h += down(swiglu(gate(norm(h)), up(norm(h))))."""
     h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
     count = field(step, Step.ROWS)
@@ -213,8 +221,8 @@ def _dense(step, layer, mine):  # type: ignore[no-untyped-def]
     wait(step, mine)
 
 
-@njit
-def _moe(step, layer, mine, thread):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _moe(step, layer, mine, thread):
     """h += routed experts + shared expert; the router takes the float32 row."""
     h, h_bytes = field(step, Step.H), 4 * field(step, Step.HIDDEN_SIZE)
     count, k = field(step, Step.ROWS), field(step, Step.TOP_K)
@@ -250,8 +258,8 @@ def _moe(step, layer, mine, thread):  # type: ignore[no-untyped-def]
     wait(step, mine)
 
 
-@njit
-def _head(step, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def _head(step, mine):
     """Logits of the rows from HEAD_FIRST on."""
     first = field(step, Step.HEAD_FIRST)
     count, h_bytes = field(step, Step.ROWS) - first, 4 * field(step, Step.HIDDEN_SIZE)

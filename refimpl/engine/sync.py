@@ -12,11 +12,11 @@ import sys
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from refimpl.engine.vec import pointer
+from refimpl.engine.jit import intrinsic
+from refimpl.engine.vec import device, pointer
 
 _SPINS = 4000  # some ten microseconds
 _YIELD = "refimpl_engine_yield"
@@ -35,10 +35,10 @@ register_symbols()
 
 
 @intrinsic
-def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+def fetch_add(typingctx, address, value):
     """Add to the int64 at `address`, atomically; what it was before."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         at = pointer(builder, args[0], ir.IntType(64))
         return builder.atomic_rmw("add", at, args[1], "acq_rel")
 
@@ -46,20 +46,20 @@ def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_shared(typingctx, address):  # type: ignore[no-untyped-def]
+def load_shared(typingctx, address):
     """The int64 at `address`, as other threads last wrote it."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return builder.load_atomic(pointer(builder, args[0], ir.IntType(64)), "acquire", 8)
 
     return types.int64(types.int64), emit
 
 
 @intrinsic
-def yield_processor(typingctx):  # type: ignore[no-untyped-def]
+def yield_processor(typingctx):
     """Let another thread run."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
         return context.get_dummy_value()
@@ -68,10 +68,10 @@ def yield_processor(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def pause(typingctx):  # type: ignore[no-untyped-def]
+def pause(typingctx):
     """Tell the processor that this is a waiting loop (x86; nothing elsewhere)."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         if binding.get_process_triple().startswith(("x86_64", "i686")):
             kind = ir.FunctionType(ir.VoidType(), [])
             name = "llvm.x86.sse2.pause"
@@ -81,29 +81,23 @@ def pause(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), emit
 
 
-def _caller(count: int, doc: str) -> Any:
-    """An intrinsic that calls a function of int64 arguments by its address."""
+@intrinsic
+def call_address(typingctx, function, arguments):
+    """Call a function of int64 arguments (a tuple) by its address."""
+    count = len(arguments)
     i64 = ir.IntType(64)
 
-    def typed(typingctx, function, arguments):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            kind = ir.FunctionType(ir.VoidType(), [i64] * count)
-            callee = builder.inttoptr(args[0], kind.as_pointer())
-            builder.call(callee, [builder.extract_value(args[1], i) for i in range(count)])
-            return context.get_dummy_value()
+    def emit(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [i64] * count)
+        callee = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(callee, [builder.extract_value(args[1], i) for i in range(count)])
+        return context.get_dummy_value()
 
-        return types.void(types.int64, types.UniTuple(types.int64, count)), emit
-
-    typed.__doc__ = doc
-    return intrinsic(typed)
+    return types.void(types.int64, types.UniTuple(types.int64, count)), emit
 
 
-call12 = _caller(12, "Call a matrix kernel: (address, its twelve arguments).")
-call4 = _caller(4, "Call a function of four arguments by its address.")
-
-
-@njit
-def barrier(counter, target):  # type: ignore[no-untyped-def]
+@device(types.void)
+def barrier(counter, target):
     """Wait until `counter` has been raised to `target`; this call raises it by one."""
     fetch_add(counter, 1)
     spins = 0

@@ -10,6 +10,7 @@ Nothing here is checked: an address outside its buffer is read or written as it 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +18,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import (
-    intrinsic,
-    lower_builtin,
-    models,
-    register_model,
-    type_callable,
-)
+from numba.extending import lower_builtin, models, register_model, type_callable
+
+from refimpl.engine.jit import intrinsic
 
 _LLVM = {
     "i8": ir.IntType(8),
@@ -73,6 +70,33 @@ F16x16 = VecType("f16", 16)
 F32x4, F32x8, F32x16 = VecType("f32", 4), VecType("f32", 8), VecType("f32", 16)
 
 
+def device(result: Any) -> Any:
+    """Decorator of functions that only compiled code calls, with the Numba type they return.
+
+    Unlike `njit` it makes no entry for the interpreter and no machine code until the caller is
+    linked, which halves the time to compile a large function; error model and other options are
+    the caller's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        def typed(typingctx, *args):
+            signature = result(*[types.unliteral(a) for a in args])
+
+            def emit(context, builder, signature, values):
+                return context.compile_internal(builder, function, signature, values)
+
+            return signature, emit
+
+        own = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(function).parameters.values()
+        made: Any = typed
+        made.__signature__ = inspect.Signature([own, *parameters])
+        typed.__name__, typed.__doc__ = function.__name__, function.__doc__
+        return intrinsic(made)
+
+    return decorate
+
+
 def pointer(builder: Any, address: Any, llvm_type: Any) -> Any:
     """An integer address as a pointer to `llvm_type`."""
     return builder.inttoptr(address, llvm_type.as_pointer())
@@ -108,21 +132,21 @@ def _suffix(t: VecType) -> str:
 
 
 @intrinsic
-def load(typingctx, kind, address):  # type: ignore[no-untyped-def]
+def load(typingctx, kind, address):
     """The vector of type `kind` at `address`; any alignment."""
     vector = kind.instance_type
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return builder.load(pointer(builder, args[1], vector.llvm), align=1)
 
     return vector(kind, types.int64), emit
 
 
 @intrinsic
-def store(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store(typingctx, address, value):
     """Write a vector to `address`; any alignment."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         builder.store(args[1], pointer(builder, args[0], args[1].type), align=1)
         return context.get_dummy_value()
 
@@ -130,8 +154,8 @@ def store(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 def _scalar_load(numba_type: Any, llvm_type: Any, doc: str) -> Any:
-    def typed(typingctx, address):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, address):
+        def emit(context, builder, signature, args):
             return builder.load(pointer(builder, args[0], llvm_type), align=1)
 
         return numba_type(types.int64), emit
@@ -141,8 +165,8 @@ def _scalar_load(numba_type: Any, llvm_type: Any, doc: str) -> Any:
 
 
 def _scalar_store(numba_type: Any, llvm_type: Any, doc: str) -> Any:
-    def typed(typingctx, address, value):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, address, value):
+        def emit(context, builder, signature, args):
             builder.store(args[1], pointer(builder, args[0], llvm_type), align=1)
             return context.get_dummy_value()
 
@@ -166,10 +190,10 @@ store_f32 = _scalar_store(types.float32, ir.FloatType(), "Write a float32.")
 
 
 @intrinsic
-def load_f16(typingctx, address):  # type: ignore[no-untyped-def]
+def load_f16(typingctx, address):
     """The float16 at an address, as float32."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         half = builder.load(pointer(builder, args[0], ir.HalfType()), align=1)
         return builder.fpext(half, ir.FloatType())
 
@@ -177,10 +201,10 @@ def load_f16(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_f16(typingctx, address, value):  # type: ignore[no-untyped-def]
+def store_f16(typingctx, address, value):
     """Write a float32 as the nearest float16."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         half = builder.fptrunc(args[1], ir.HalfType())
         builder.store(half, pointer(builder, args[0], ir.HalfType()), align=1)
         return context.get_dummy_value()
@@ -189,10 +213,10 @@ def store_f16(typingctx, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, address):
     """Ask for the cache line at `address`; any address is allowed."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -205,13 +229,13 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def stack(typingctx, size):  # type: ignore[no-untyped-def]
+def stack(typingctx, size):
     """Address of `size` (a literal) bytes on the stack, 64-byte aligned, until the kernel ends."""
     if not isinstance(size, types.IntegerLiteral):
         return None
     count = size.literal_value
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         with builder.goto_entry_block():
             slot = builder.alloca(ir.ArrayType(ir.IntType(8), count))
         slot.align = 64
@@ -251,33 +275,33 @@ for _op, _integer, _floating in (
 
 
 @intrinsic
-def splat(typingctx, kind, scalar):  # type: ignore[no-untyped-def]
+def splat(typingctx, kind, scalar):
     """A vector of type `kind` whose lanes all hold `scalar`."""
     vector = kind.instance_type
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return splatted(builder, args[1], vector.llvm)
 
     return vector(kind, _SCALAR[vector.element]), emit
 
 
 @intrinsic
-def zeros(typingctx, kind):  # type: ignore[no-untyped-def]
+def zeros(typingctx, kind):
     """A vector of zeros."""
     vector = kind.instance_type
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return ir.Constant(vector.llvm, None)
 
     return vector(kind), emit
 
 
 def _shift(name: str, doc: str) -> Any:
-    def typed(typingctx, value, bits):  # type: ignore[no-untyped-def]
+    def typed(typingctx, value, bits):
         if not isinstance(bits, types.IntegerLiteral):
             return None
 
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):
             amount = constant(value.llvm, [bits.literal_value] * value.count)
             return getattr(builder, name)(args[0], amount)
 
@@ -292,10 +316,10 @@ shift_right = _shift("lshr", "Lanes shifted right by a literal number of bits, z
 
 
 def _conversion(chosen: Callable[[VecType, VecType], str], doc: str) -> Any:
-    def typed(typingctx, kind, value):  # type: ignore[no-untyped-def]
+    def typed(typingctx, kind, value):
         target = kind.instance_type
 
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):
             return getattr(builder, chosen(value, target))(args[1], target.llvm)
 
         return target(kind, value), emit
@@ -324,28 +348,28 @@ reinterpret = _conversion(lambda a, b: "bitcast", "The same bits as another type
 
 
 @intrinsic
-def fma(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma(typingctx, a, b, c):
     """a * b + c, rounded once."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return call(builder, f"llvm.fma.{_suffix(a)}", a.llvm, list(args))
 
     return (a(a, a, a), emit) if a == b == c and a.is_float else None
 
 
 @intrinsic
-def fma_scalar(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def fma_scalar(typingctx, a, b, c):
     """a * b + c of float32 scalars, rounded once."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return call(builder, "llvm.fma.f32", ir.FloatType(), list(args))
 
     return types.float32(types.float32, types.float32, types.float32), emit
 
 
 def _unary_float(name: str, doc: str) -> Any:
-    def typed(typingctx, a):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, a):
+        def emit(context, builder, signature, args):
             return call(builder, f"llvm.{name}.{_suffix(a)}", a.llvm, list(args))
 
         return a(a), emit
@@ -359,8 +383,8 @@ vround = _unary_float("rint", "Nearest integers, ties to even.")
 
 
 def _chosen(comparison: str, doc: str) -> Any:
-    def typed(typingctx, a, b):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, a, b):
+        def emit(context, builder, signature, args):
             picked = builder.fcmp_ordered(comparison, args[0], args[1])
             return builder.select(picked, args[0], args[1])
 
@@ -375,31 +399,31 @@ vmin = _chosen("<", "The smaller of a and b, lane by lane; b where either is not
 
 
 @intrinsic
-def where_less(typingctx, lanes, bound, a, b):  # type: ignore[no-untyped-def]
+def where_less(typingctx, lanes, bound, a, b):
     """Lanes of a where `lanes` < `bound` (signed integers), else of b."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return builder.select(builder.icmp_signed("<", args[0], args[1]), args[2], args[3])
 
     return (a(lanes, lanes, a, a), emit) if lanes == bound and a == b else None
 
 
 @intrinsic
-def lane_numbers(typingctx, kind):  # type: ignore[no-untyped-def]
+def lane_numbers(typingctx, kind):
     """0, 1, 2, ... as an integer vector."""
     vector = kind.instance_type
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return constant(vector.llvm, list(range(vector.count)))
 
     return vector(kind), emit
 
 
-def _reduction(integer: Callable[..., Any], floating: Callable[..., Any], doc: str) -> Any:
+def _reduction(integer: Any, floating: Any, doc: str) -> Any:
     """Halve the vector until one lane is left: a fixed tree."""
 
-    def typed(typingctx, value):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, value):
+        def emit(context, builder, signature, args):
             combine = floating if value.is_float else integer
             vector, width = args[0], value.count
             while width > 1:
@@ -440,10 +464,10 @@ reduce_max = _reduction(_larger_integer, _larger, "The largest lane.")
 def shuffler(kind: VecType, indices: list[int]) -> Any:
     """An intrinsic (a, b) -> lanes of a (0..n-1) and b (n..2n-1) in the order of `indices`."""
 
-    def typed(typingctx, a, b):  # type: ignore[no-untyped-def]
+    def typed(typingctx, a, b):
         result = VecType(kind.element, len(indices))
 
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def emit(context, builder, signature, args):
             mask = constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
             return builder.shuffle_vector(args[0], args[1], mask)
 
@@ -461,8 +485,8 @@ join_f32x8 = shuffler(F32x8, list(range(16)))
 def literal(kind: VecType, values: list[int]) -> Any:
     """An intrinsic () -> a constant vector."""
 
-    def typed(typingctx):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx):
+        def emit(context, builder, signature, args):
             return constant(kind.llvm, values)
 
         return kind(), emit
@@ -471,13 +495,13 @@ def literal(kind: VecType, values: list[int]) -> Any:
 
 
 @intrinsic
-def bit_bytes(typingctx, kind, bits, value):  # type: ignore[no-untyped-def]
+def bit_bytes(typingctx, kind, bits, value):
     """A byte vector: the literal `value` in lane i where bit i of `bits` is set, else 0."""
     if not isinstance(value, types.IntegerLiteral):
         return None
     vector = kind.instance_type
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         low = builder.trunc(args[1], ir.IntType(vector.count)) if vector.count < 64 else args[1]
         chosen = builder.bitcast(low, ir.VectorType(ir.IntType(1), vector.count))
         byte = constant(vector.llvm, [value.literal_value] * vector.count)
@@ -487,10 +511,10 @@ def bit_bytes(typingctx, kind, bits, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def shift_right_by(typingctx, value, bits):  # type: ignore[no-untyped-def]
+def shift_right_by(typingctx, value, bits):
     """Lanes shifted right by `bits`, zeros coming in."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         amount = builder.trunc(args[1], value.llvm.element)
         return builder.lshr(args[0], splatted(builder, amount, value.llvm))
 
@@ -498,10 +522,10 @@ def shift_right_by(typingctx, value, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def where_bits(typingctx, value, bits, chosen):  # type: ignore[no-untyped-def]
+def where_bits(typingctx, value, bits, chosen):
     """`chosen` in the lanes where `value` has any of `bits`, else 0."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         none = ir.Constant(value.llvm, None)
         found = builder.icmp_unsigned("!=", builder.and_(args[0], args[1]), none)
         return builder.select(found, args[2], none)
@@ -510,10 +534,10 @@ def where_bits(typingctx, value, bits, chosen):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def bytes16(typingctx, low, high):  # type: ignore[no-untyped-def]
+def bytes16(typingctx, low, high):
     """The bytes of two 64-bit integers, lowest first."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         both = ir.Constant(ir.VectorType(ir.IntType(64), 2), ir.Undefined)
         for i in range(2):
             both = builder.insert_element(both, args[i], ir.Constant(ir.IntType(32), i))
@@ -523,14 +547,14 @@ def bytes16(typingctx, low, high):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def repeated_halves(typingctx, address, stride, count):  # type: ignore[no-untyped-def]
+def repeated_halves(typingctx, address, stride, count):
     """`count` float16 at `address`, `stride` bytes apart (both literal), each repeated over
     16 / count lanes, in float32."""
     if not (isinstance(stride, types.IntegerLiteral) and isinstance(count, types.IntegerLiteral)):
         return None
     step, n = stride.literal_value, count.literal_value
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         halves = ir.Constant(ir.VectorType(ir.HalfType(), n), ir.Undefined)
         for i in range(n):
             at = builder.add(args[0], ir.Constant(ir.IntType(64), i * step))
@@ -545,8 +569,8 @@ def repeated_halves(typingctx, address, stride, count):  # type: ignore[no-untyp
 def table_lookup(values: tuple[int, ...]) -> Any:
     """An intrinsic codes (I8x16, 0..15) -> `values` of the codes, without machine instructions."""
 
-    def typed(typingctx, codes):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, codes):
+        def emit(context, builder, signature, args):
             kind = ir.ArrayType(ir.IntType(8), 16)
             table = cgutils.global_constant(
                 builder, "table16", ir.Constant(kind, [v & 0xFF for v in values])

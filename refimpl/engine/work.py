@@ -12,12 +12,13 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import types
 
 from refimpl.engine.fields import Matrix, Step, field
+from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, swiglu
-from refimpl.engine.sync import barrier, call4, call12, fetch_add
-from refimpl.engine.vec import load_i64, store_i64
+from refimpl.engine.sync import barrier, call_address, fetch_add
+from refimpl.engine.vec import device, load_i64, store_i64
 
 MAX_CHUNK = 256
 """Most rows of one unit."""
@@ -65,8 +66,8 @@ def claim(counter: Any) -> Any:
     return fetch_add(counter, np.int64(1))
 
 
-@njit
-def wait(step, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def wait(step, mine):
     """End a phase: return when every thread has come here."""
     threads = field(step, Step.THREADS)
     if threads > 1:
@@ -79,11 +80,11 @@ def wait(step, mine):  # type: ignore[no-untyped-def]
 def prepare_row(step: Any, row: Any, columns: Any, plan: Any, mine: Any) -> None:
     """Add a blob's int8 forms."""
     if load_i64(plan) > 0:
-        call4(field(step, Step.PREPARE), (row, columns, plan, mine + FREE))
+        call_address(field(step, Step.PREPARE), (row, columns, plan, mine + FREE))
 
 
-@njit
-def product(matrix, weights, rows, count, x0, x1, x2, x3, y, y_bytes, unused):  # type: ignore[no-untyped-def]
+@device(types.void)
+def product(matrix, weights, rows, count, x0, x1, x2, x3, y, y_bytes, unused):
     """y_m[0..rows) = weights x_m for m < count <= 4; x are blobs, y_bytes the way to the next y."""
     offset = field(matrix, Matrix.FORM_OFFSET)
     kernel = field(matrix, Matrix.KERNEL_4)
@@ -92,7 +93,7 @@ def product(matrix, weights, rows, count, x0, x1, x2, x3, y, y_bytes, unused):  
     elif count == 2:
         kernel = field(matrix, Matrix.KERNEL_2)
     y3 = y + 3 * y_bytes if count == 4 else unused
-    call12(
+    call_address(
         kernel,
         (
             weights,
@@ -111,8 +112,8 @@ def product(matrix, weights, rows, count, x0, x1, x2, x3, y, y_bytes, unused):  
     )
 
 
-@njit
-def product_rows(matrix, first, rows, x, x_bytes, count, y, y_bytes, mine):  # type: ignore[no-untyped-def]
+@device(types.void)
+def product_rows(matrix, first, rows, x, x_bytes, count, y, y_bytes, mine):
     """Rows first..first+rows of a matrix times `count` consecutive blobs, four at a time."""
     weights = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
     for t in range(0, count, 4):
@@ -123,8 +124,8 @@ def product_rows(matrix, first, rows, x, x_bytes, count, y, y_bytes, mine):  # t
                 y + t * y_bytes, y_bytes, mine + UNUSED_Y)  # fmt: skip
 
 
-@njit
-def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):  # type: ignore[no-untyped-def]
+@device(types.void)
+def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):
     """All rows of a matrix times `count` blobs; no barrier at the end."""
     counter = claims(step, mine)
     rows, chunk = field(matrix, Matrix.ROWS), field(matrix, Matrix.CHUNK)
@@ -136,8 +137,8 @@ def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):  # type: ig
         product_rows(matrix, first, n, x, x_bytes, count, y + 4 * first, y_bytes, mine)
 
 
-@njit
-def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):  # type: ignore[no-untyped-def]
+@device(types.void)
+def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):
     """h += matrix x for `count` blobs; no barrier at the end."""
     counter = claims(step, mine)
     rows, chunk = field(matrix, Matrix.ROWS), field(matrix, Matrix.CHUNK)
@@ -155,9 +156,9 @@ def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):  # type: ig
                 add_rows(to, mine + FIRST_Y + i * 4 * MAX_CHUNK, n)
 
 
-@njit
+@device(types.void)
 def swiglu_rows(gate, up, gate_weights, up_weights, first, rows, count, x0, x1, x2, x3,
-                y0, y1, y2, y3, limit, mine):  # type: ignore[no-untyped-def]  # fmt: skip
+                y0, y1, y2, y3, limit, mine):  # fmt: skip
     """Rows first..first+rows of the SwiGLU products of up to four blobs, put at y_m + 4 first."""
     g = gate_weights + first * field(gate, Matrix.ROW_BYTES)
     u = up_weights + first * field(up, Matrix.ROW_BYTES)
@@ -173,8 +174,8 @@ def swiglu_rows(gate, up, gate_weights, up_weights, first, rows, count, x0, x1, 
         swiglu(mine + FIRST_Y + 3 * size, mine + SECOND_Y + 3 * size, rows, limit, y3 + 4 * first)
 
 
-@njit
-def swiglu_phase(step, mine, gate, up, x, x_bytes, count, y, y_bytes, limit):  # type: ignore[no-untyped-def]
+@device(types.void)
+def swiglu_phase(step, mine, gate, up, x, x_bytes, count, y, y_bytes, limit):
     """SwiGLU products of `count` consecutive blobs; no barrier at the end."""
     counter = claims(step, mine)
     width, chunk = field(gate, Matrix.ROWS), field(gate, Matrix.CHUNK)
@@ -194,8 +195,8 @@ def swiglu_phase(step, mine, gate, up, x, x_bytes, count, y, y_bytes, limit):  #
                         limit, mine)  # fmt: skip
 
 
-@njit
-def prepare_phase(step, mine, x, x_bytes, count, columns, plan):  # type: ignore[no-untyped-def]
+@device(types.void)
+def prepare_phase(step, mine, x, x_bytes, count, columns, plan):
     """Add the int8 forms to `count` blobs; no barrier at the end."""
     counter = claims(step, mine)
     if load_i64(plan) == 0:

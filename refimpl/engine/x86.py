@@ -10,8 +10,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.extending import intrinsic
 
+from refimpl.engine.jit import intrinsic
 from refimpl.engine.vec import (
     F32x16,
     I8x16,
@@ -33,13 +33,13 @@ def _x86(name: str, result: VecType, *arguments: VecType, doc: str) -> Any:
     """An intrinsic for an LLVM intrinsic of fixed types."""
     if len(arguments) == 1:
 
-        def one(typingctx, a):  # type: ignore[no-untyped-def]
+        def one(typingctx, a):
             return (result(*arguments), _emit(name, result)) if (a,) == arguments else None
 
         one.__doc__ = doc
         return intrinsic(one)
 
-    def two(typingctx, a, b):  # type: ignore[no-untyped-def]
+    def two(typingctx, a, b):
         return (result(*arguments), _emit(name, result)) if (a, b) == arguments else None
 
     two.__doc__ = doc
@@ -47,7 +47,7 @@ def _x86(name: str, result: VecType, *arguments: VecType, doc: str) -> Any:
 
 
 def _emit(name: str, result: VecType) -> Any:
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return call(builder, name, result.llvm, list(args))
 
     return emit
@@ -61,8 +61,8 @@ sign_bytes = _x86(
 def byte_permuter(indices: list[int]) -> Any:
     """An intrinsic a -> bytes of a (64) in the order of `indices` (VBMI)."""
 
-    def typed(typingctx, a):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, a):
+        def emit(context, builder, signature, args):
             table = constant(I8x64.llvm, indices)
             return call(builder, "llvm.x86.avx512.permvar.qi.512", I8x64.llvm, [args[0], table])
 
@@ -74,8 +74,8 @@ def byte_permuter(indices: list[int]) -> Any:
 def lane_permuter(indices: list[int]) -> Any:
     """An intrinsic a -> float lanes of a (16) in the order of `indices`."""
 
-    def typed(typingctx, a):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, a):
+        def emit(context, builder, signature, args):
             mask = constant(I32x16.llvm, indices)
             return builder.shuffle_vector(args[0], args[0], mask)
 
@@ -87,8 +87,8 @@ def lane_permuter(indices: list[int]) -> Any:
 def _lookup(kind: VecType, name: str, doc: str) -> Any:
     """Table lookup by the low four bits of each byte, table in every 16 bytes of a constant."""
 
-    def typed(typingctx, table, codes):  # type: ignore[no-untyped-def]
-        def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def typed(typingctx, table, codes):
+        def emit(context, builder, signature, args):
             return call(builder, name, kind.llvm, list(args))
 
         return (kind(kind, kind), emit) if table == codes == kind else None
@@ -103,17 +103,17 @@ lookup64 = _lookup(I8x64, "llvm.x86.avx512.pshuf.b.512", _TABLE_DOC)
 
 
 @intrinsic
-def dot64(typingctx, acc, unsigned, signed):  # type: ignore[no-untyped-def]
+def dot64(typingctx, acc, unsigned, signed):
     """acc + sums of four products of unsigned and signed bytes, 16 lanes (AVX512-VNNI)."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16, list(args))
 
     return I32x16(I32x16, I8x64, I8x64), emit
 
 
 @intrinsic
-def dot32(typingctx, simd, acc, unsigned, signed):  # type: ignore[no-untyped-def]
+def dot32(typingctx, simd, acc, unsigned, signed):
     """acc + sums of four products of unsigned and signed bytes, 8 lanes.
 
     Without VNNI the products are first summed in pairs, in 16 bits: exact as long as the
@@ -121,7 +121,7 @@ def dot32(typingctx, simd, acc, unsigned, signed):  # type: ignore[no-untyped-de
     """
     kind = simd.parameter.dot
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         if kind:
             # The same intrinsic serves AVX512-VNNI and AVX-VNNI; LLVM picks the encoding.
             return _dot(builder, "llvm.x86.avx512.vpdpbusd.256", I32x8, list(args[1:]))
@@ -140,10 +140,10 @@ def _dot(builder: Any, name: str, kind: VecType, args: list[Any]) -> Any:
 
 
 @intrinsic
-def insert_high16(typingctx, value, address):  # type: ignore[no-untyped-def]
+def insert_high16(typingctx, value, address):
     """`value` with its last 16 bytes replaced by those at `address`."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         short = builder.load(pointer(builder, args[1], I8x16.llvm), align=1)
         index = ir.VectorType(ir.IntType(32), 64)
         widened = builder.shuffle_vector(short, short, constant(index, [i % 16 for i in range(64)]))
@@ -154,10 +154,10 @@ def insert_high16(typingctx, value, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def first_half_floats(typingctx, value):  # type: ignore[no-untyped-def]
+def first_half_floats(typingctx, value):
     """The first 32 bytes, read as 16 float16, in float32."""
 
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, args):
         halves = builder.bitcast(args[0], ir.VectorType(ir.HalfType(), 32))
         low = builder.shuffle_vector(
             halves, halves, constant(ir.VectorType(ir.IntType(32), 16), list(range(16)))
