@@ -18,21 +18,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench.resolve import resolve
+from bench.runs import RunRecord
 from hwmodel.fit import Fit, FittedRun, prior_spread
 from hwmodel.predict import config_columns, open_spread, predict, step_parts
 from hwmodel.run import Quantity, RunConfig
 from hwmodel.timing import Part
 from refimpl.errors import InputError, RefimplError
 
-from bench.resolve import resolve
-from bench.runs import RunRecord
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+    Indices = NDArray[np.intp]
 
+RATIO_ONLY = "mtp_ratio_only"
 FITTED: tuple[Quantity, ...] = ("decode_tok_s", "prefill_tok_s")
 RESIDUAL = 0.10  # scale of the robust loss, natural logarithm
 BAND_SHARE = 0.90
@@ -43,7 +44,11 @@ CONVERGED = 1e-4  # predicted fall of the loss, relative, at which a refit stops
 
 @dataclass(frozen=True)
 class Sample:
-    """One measured figure with the parts that predict it; `tok_s` is per user."""
+    """One measured figure with the parts that predict it; `tok_s` is per user.
+
+    A run with drafts is often published beside its sibling without, in conditions that are not
+    stated: then `beside` holds the sibling's parts, and `tok_s` is the speed-up over it.
+    """
 
     id: str
     quantity: Quantity
@@ -54,16 +59,17 @@ class Sample:
     sweep: str
     device: str
     source: str
+    beside: tuple[Part, ...] = ()
 
     @property
     def seconds(self) -> float:
-        """Measured time of the step that the parts describe."""
+        """Measured time of the step that the parts describe (relative to `beside`, if any)."""
         return self.amount / self.tok_s
 
 
-def samples_of(records: Iterable[RunRecord]) -> list[Sample]:
-    """The figures of the rows that may enter a fit and can be predicted."""
-    found: list[Sample] = []
+def samples_of(records: Sequence[RunRecord]) -> list[Sample]:
+    """The figures of the rows that may enter a fit and can be predicted, and the speed-ups."""
+    found = _speed_ups(records)
     for record in records:
         for quantity in FITTED:
             tok_s = per_user(record, quantity)
@@ -77,9 +83,50 @@ def samples_of(records: Iterable[RunRecord]) -> list[Sample]:
             device = run.devices[0].device.name
             found.append(
                 Sample(
-                    record.id, quantity, run, tuple(parts), amount, tok_s,
-                    record.sweep or record.id, device, record.source_url,
-                )  # fmt: skip
+                    record.id,
+                    quantity,
+                    run,
+                    tuple(parts),
+                    amount,
+                    tok_s,
+                    record.sweep or record.id,
+                    device,
+                    record.source_url,
+                )
+            )
+    return found
+
+
+def _speed_ups(records: Sequence[RunRecord]) -> list[Sample]:
+    """Rows that count as a ratio to the row of their sweep without drafts."""
+    siblings = {r.sweep: r for r in records if r.sweep and r.drafts == 0 and r.decode_tok_s}
+    found: list[Sample] = []
+    for record in records:
+        sibling = siblings.get(record.sweep)
+        tok_s = per_user(record, "decode_tok_s")
+        if record.fit_ok != RATIO_ONLY or not record.drafts or sibling is None or tok_s is None:
+            continue
+        base = per_user(sibling, "decode_tok_s")
+        try:
+            run, alone = resolve(record), resolve(sibling)
+            parts, amount = step_parts(run, "decode_tok_s")
+            beside, _ = step_parts(alone, "decode_tok_s")
+        except RefimplError:
+            continue
+        if base and run.model.mtp_layers and run.workload.concurrency == alone.workload.concurrency:
+            found.append(
+                Sample(
+                    record.id,
+                    "decode_tok_s",
+                    run,
+                    tuple(parts),
+                    amount,
+                    tok_s / base,
+                    record.sweep,
+                    run.devices[0].device.name,
+                    record.source_url,
+                    tuple(beside),
+                )
             )
     return found
 
@@ -97,7 +144,8 @@ def per_user(record: RunRecord, quantity: Quantity) -> float | None:
 class Problem:
     """The samples as arrays: R rows (samples), P parts, K effects.
 
-    `base` (P,), `row` (P,) the sample of each part, `features` (P, K) sparse, `log_time` (R,)
+    `base` (P,), `row` (P,) the sample of each part, `sign` (P,) -1 for the parts of a sibling,
+    `single` (R,) False for speed-ups over one, `features` (P, K) sparse, `log_time` (R,)
     measured, `spread` (K,) of each effect before any run.
     """
 
@@ -106,32 +154,46 @@ class Problem:
         from scipy import sparse
 
         self.samples = list(samples)
-        names = sorted({n for s in samples for p in s.parts for n, _ in p.features})
+        names = sorted({n for s in samples for p in (*s.parts, *s.beside) for n, _ in p.features})
         index = {name: k for k, name in enumerate(names)}
         self.names = names
-        base, row, at, effect, value = [], [], [], [], []
+        base: list[float] = []
+        row: list[int] = []
+        at: list[int] = []
+        effect: list[int] = []
+        value: list[float] = []
         for r, s in enumerate(self.samples):
-            for part in s.parts:
+            for one, part in [(r, p) for p in s.parts] + [(r + len(samples), p) for p in s.beside]:
                 for name, v in part.features:
                     at.append(len(base))
                     effect.append(index[name])
                     value.append(v)
                 base.append(max(part.base_s, 1e-30))
-                row.append(r)
+                row.append(one)
         self.base = np.array(base)
-        self.row = np.array(row)
+        self.total = np.array(row)
+        self.row = self.total % len(samples)
+        self.sign = np.where(self.total < len(samples), 1.0, -1.0)
+        self.single = np.array([not s.beside for s in self.samples])
         shape = (len(base), len(names))
         self.features = sparse.csr_matrix((value, (at, effect)), shape=shape)
         self.log_time = np.log([s.seconds for s in self.samples])
         self.spread = np.array([prior_spread(n) for n in names])
 
     def times(self, effects: Array) -> tuple[Array, Array]:
-        """Logarithm of the predicted times (R,), and each part's share of its time (P,)."""
+        """Logarithm of the predicted times (R,), and each part's share of its time (P,).
+
+        The shares of a sibling's parts are negative: its time divides.
+        """
         import numpy as np
 
         times = self.base * np.exp(self.features @ effects)
-        total = np.bincount(self.row, times, minlength=len(self.samples))
-        return np.log(total), times / total[self.row]
+        n = len(self.samples)
+        total = np.bincount(self.total, times, minlength=2 * n)
+        beside = np.where(self.single, 1.0, total[n:])
+        log_time: Array = np.log(total[:n] / beside)
+        share: Array = self.sign * times / total[self.total]
+        return log_time, share
 
     def slopes(self, share: Array) -> Array:
         """Derivative of the logarithms by the effects (R, K)."""
@@ -182,7 +244,7 @@ class Problem:
             value = now
         slope = self.slopes(share)
         weight, _ = self.pull(logs, use)
-        inverse = np.linalg.inv(slope.T @ (weight[:, None] * slope) + np.diag(ridge))
+        inverse: Array = np.linalg.inv(slope.T @ (weight[:, None] * slope) + np.diag(ridge))
         return x, inverse
 
     def _walk(
@@ -198,7 +260,7 @@ class Problem:
                 return candidate, logs, share, now
             size /= 2
 
-    def solve_without(self, left: Array, start: Array, inverse: Array) -> tuple[Array, Array]:
+    def solve_without(self, left: Indices, start: Array, inverse: Array) -> tuple[Array, Array]:
         """The effects (K,) fitted without the samples at `left` (n,), and its inverse Hessian.
 
         Starts at the full solution and iterates to the optimum of the reduced loss, with the
@@ -224,7 +286,7 @@ class Problem:
             x, logs, share, value = self._walk(x, step, value, use)
         return x, inverse
 
-    def slopes_of(self, share: Array, rows: Array) -> Array:
+    def slopes_of(self, share: Array, rows: Indices) -> Array:
         """`slopes` for some rows only (n, K)."""
         import numpy as np
         from scipy import sparse
@@ -346,7 +408,7 @@ def calibrate(records: Sequence[RunRecord], as_of: str = "") -> Fit:
         name: leave_out(problem, key, effects, inverse)
         for name, key in (("sweep", by_sweep), ("device", by_device), ("model", by_model))
     }
-    quantities = np.array([s.quantity for s in samples])
+    quantities = np.array([s.quantity if not s.beside else "speed-up" for s in samples])
     sigma = _residual_spread(problem, effects, quantities)
     fit = dataclasses.replace(
         problem.fit(effects, inverse, sigma), band=_bands(problem, out["sweep"], sigma)
@@ -376,13 +438,14 @@ def _bands(problem: Problem, out: LeftOut, sigma: Mapping[str, float]) -> dict[s
     """Multiple of the predicted spread that holds `BAND_SHARE` of the left-out figures."""
     import numpy as np
 
-    quantities = np.array([s.quantity for s in problem.samples])
+    quantities = np.array([s.quantity if not s.beside else "speed-up" for s in problem.samples])
     own = np.array([sigma[q] for q in quantities])
     extra = np.array([open_spread(s.run) for s in problem.samples])
     width = np.sqrt(out.variance + own**2 + extra**2)
     z = np.abs(out.log_time - problem.log_time) / width
     return {
-        str(q): float(np.quantile(z[quantities == q], BAND_SHARE)) for q in dict.fromkeys(quantities)
+        str(q): float(np.quantile(z[quantities == q], BAND_SHARE))
+        for q in dict.fromkeys(quantities)
     }
 
 
@@ -394,6 +457,8 @@ def _fitted_runs(
     now = np.exp(problem.times(effects)[0])
     found = []
     for i, s in enumerate(problem.samples):
+        if s.beside:
+            continue
         estimate = predict(s.run, s.quantity, fit)
         found.append(
             FittedRun(
@@ -419,9 +484,14 @@ def _errors(
     import numpy as np
 
     table: dict[str, Any] = {}
+    configs = {(r.id, r.quantity): r.config for r in runs}
+    ups = [i for i, s in enumerate(problem.samples) if s.beside]
     for q in FITTED:
-        rows = [i for i, s in enumerate(problem.samples) if s.quantity == q]
-        logs = {"fit": problem.times(effects)[0], **{f"leave_{k}_out": v.log_time for k, v in out.items()}}
+        rows = [i for i, s in enumerate(problem.samples) if s.quantity == q and not s.beside]
+        logs = {
+            "fit": problem.times(effects)[0],
+            **{f"leave_{k}_out": v.log_time for k, v in out.items()},
+        }
         ratios = {k: np.exp(problem.log_time - v) for k, v in logs.items()}
         base = {
             i: (baseline_tok_s(problem.samples[i].run, q) or math.nan) / problem.samples[i].tok_s
@@ -433,7 +503,8 @@ def _errors(
         for label, column in (("by_device", "device"), ("by_engine", "engine")):
             groups: dict[str, list[int]] = defaultdict(list)
             for i in rows:
-                groups[str(runs[i].config[column])].append(i)
+                sample = problem.samples[i]
+                groups[str(configs[sample.id, sample.quantity][column])].append(i)
             entry[label] = {
                 name: {
                     **{k: errors_of(v[picked]) for k, v in ratios.items() if k != "fit"},
@@ -442,6 +513,8 @@ def _errors(
                 }
                 for name, picked in sorted(groups.items())
             }  # fmt: skip
+        if q == "decode_tok_s" and ups:
+            entry["speed_up_of_drafts"] = {k: errors_of(v[ups]) for k, v in ratios.items()}
         table[q] = entry
     return table
 

@@ -20,14 +20,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hwmodel.fit import Fit, FittedRun, load_fit
-from hwmodel.predict import config_columns, predict
-from hwmodel.run import Estimate, Quantity, RunConfig
-from refimpl.errors import RefimplError
-
 from bench.calibrate import baseline_tok_s, errors_of
 from bench.resolve import resolve
 from bench.runs import RunRecord
+from hwmodel.fit import Fit, FittedRun, load_fit
+from hwmodel.predict import config_columns, physical_limit, predict
+from hwmodel.run import Estimate, Quantity, RunConfig
+from refimpl.errors import RefimplError
 
 COMPARED: tuple[Quantity, ...] = ("decode_tok_s", "prefill_tok_s")
 NO_FIGURES = {"predicted": None, "low": None, "high": None}
@@ -99,8 +98,8 @@ def _figures(
     users = run.workload.concurrency if aggregate else 1
     assert estimate.value is not None and estimate.low is not None and estimate.high is not None
     measured = record.prefill_tok_s if quantity == "prefill_tok_s" else record.decode_tok_s
-    limit = (estimate.roofline or math.inf) * users
-    beyond = (measured or 0.0) > limit
+    limit = physical_limit(run, quantity) * users
+    beyond = record.drafts is not None and (measured or 0.0) > limit
     config = config_columns(run)
     mine = own.get((quantity, _key(config)))
     status, reasons = estimate.status, [estimate.reason] if estimate.reason else []
@@ -131,8 +130,8 @@ def _figures(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Coverage and errors of the judged rows, over all and by quantity, device and engine.
 
-    `coverage` is the share of judged rows with figures; `held_out` repeats the errors with the
-    predictions of refits without the row's sweep, where the fit holds them.
+    `coverage` is the share of judged rows with figures; `held_out` repeats errors and band with
+    the predictions of refits without the row's sweep, where the fit was made from the row.
     """
     judged = [r for r in rows if r["judged"]]
     summary = {"rows": len(rows), "judged": len(judged), **_statistics(judged)}
@@ -145,9 +144,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for r in judged:
             groups[str(r[name])].append(r)
-        summary[f"by_{name}"] = {
-            k: _with_quantities(v, name) for k, v in sorted(groups.items())
-        }
+        summary[f"by_{name}"] = {k: _with_quantities(v, name) for k, v in sorted(groups.items())}
     return summary
 
 
@@ -165,18 +162,23 @@ def _statistics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shown = [r for r in rows if r["predicted"] is not None]
     inside = [r["low"] <= r["measured"] <= r["high"] for r in shown]
     base = [r["baseline"] / r["measured"] for r in shown if r["baseline"] is not None]
-    left = [
-        (r["held_out_predicted"] or r["predicted"]) / r["measured"]
+    left = [(r["held_out_predicted"] or r["predicted"]) / r["measured"] for r in shown]
+    left_inside = [
+        r["low"] / r["predicted"] <= r["measured"] / (r["held_out_predicted"] or r["predicted"])
+        <= r["high"] / r["predicted"]
         for r in shown
-        if r["status"] != "extrapolated" or r["held_out_predicted"] is not None
-    ]
+    ]  # fmt: skip
     return {
         "coverage": len(shown) / len(rows) if rows else None,
         **_named(errors_of(r["predicted"] / r["measured"] for r in shown)),
-        "in_band": sum(inside) / len(inside) if inside else None,
-        "held_out": _named(errors_of(left)),
+        "in_band": _share(inside),
+        "held_out": {**_named(errors_of(left)), "in_band": _share(left_inside)},
         "baseline": _named(errors_of(base)),
     }
+
+
+def _share(marks: Sequence[bool]) -> float | None:
+    return sum(marks) / len(marks) if marks else None
 
 
 def _named(errors: Mapping[str, float]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from bench.runs import RunRecord
 from hwmodel import names
 from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine, load_engine
@@ -26,8 +27,6 @@ from hwmodel.run import (
     Workload,
 )
 from refimpl.errors import RefimplError
-
-from bench.runs import RunRecord
 
 # What a processor is called in the column `offload`, with the device file of its memory.
 HOSTS: tuple[tuple[str, str], ...] = (
@@ -137,6 +136,8 @@ def _default_backend(engine: Engine, devices: tuple[DeviceCount, ...]) -> str:
 
 def _model(record: RunRecord, unknown: list[str]) -> ModelShape:
     name = names.canonical("model", record.model)
+    if record.drafts is None:
+        unknown.append(f"mtp '{record.mtp}' states no number of drafts: taken as 1")
     for text in ([name.id] if name is not None else []) + [record.model]:
         try:
             return load_model(text)
@@ -170,8 +171,8 @@ def _quant(
             f"{why}: taken as {quant.name} scaled to {8 * weights / model.parameters:.2f} bits"
         )
         return quant, weights
-    if not name.exact:
-        unknown.append(f"quant '{record.quant}': {name.note}")
+    if not name.exact and not (name.id == "MXFP4-BF16" and model.name.startswith("gpt-oss")):
+        unknown.append(f"quant '{record.quant}': {name.note}")  # gpt-oss exists as MXFP4 alone
     return load_quant(_published_form(name.id, model, engine)), weights
 
 

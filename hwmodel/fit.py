@@ -15,10 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from refimpl.errors import InputError
-
 from hwmodel.run import NearestRun
 from hwmodel.timing import Part
+from refimpl.errors import InputError
 
 SCHEMA = 1
 MAX_FIT_BYTES = 8 << 20
@@ -31,6 +30,10 @@ LEVEL_SPREAD: dict[str, float] = {
 }  # fmt: skip
 
 
+# Parts whose prior is rough: their spreads are this many times those of their levels.
+PART_SPREAD = {"verify": 4.0, "drafts": 2.0, "draft overhead": 2.0, "sequence": 2.0, "rows": 2.0}
+
+
 def level_of(effect: str) -> str:
     """`weights/class=apple` -> `class`."""
     return effect.partition("/")[2].partition("=")[0]
@@ -38,7 +41,8 @@ def level_of(effect: str) -> str:
 
 def prior_spread(effect: str) -> float:
     """Standard deviation of an effect before any run is seen."""
-    return LEVEL_SPREAD.get(level_of(effect), 0.1)
+    part = effect.partition("/")[0]
+    return LEVEL_SPREAD.get(level_of(effect), 0.1) * PART_SPREAD.get(part, 1.0)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refimpl.errors import InputError
-
 from hwmodel.model import ModelShape
 from hwmodel.operations import draft_bytes
 from hwmodel.quant import block_bytes, role_bytes, weight_bytes
 from hwmodel.run import RunConfig
+from refimpl.errors import InputError
 
 # KV cache types: storage type of `hwmodel.quant.BLOCKS`.
 KV_TYPES = {

@@ -263,7 +263,9 @@ def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
         tied_embedding=bool(facts.get("tied_embedding")),
         source=facts.get("source", ""),
         released=facts.get("released", ""),
-        query_heads=tuple(sorted({g["query_heads"] for g in facts["attention"] if "query_heads" in g})),
+        query_heads=tuple(
+            sorted({g["query_heads"] for g in facts["attention"] if "query_heads" in g})
+        ),
         expert_width=moe["width"] if moe else 0,
         kinds=tuple(dict.fromkeys(g["type"] for g in facts["attention"])),
     )
@@ -299,14 +301,14 @@ def _ffn_tensors(facts: Mapping[str, Any], hidden: int, layers: int) -> list[Ten
     found: list[TensorCount] = []
     moe, dense = facts.get("moe"), facts.get("dense")
     gated = facts.get("ffn_matrices", 3) == 3
-    n_dense = dense["layers"] if dense else 0
 
     def triple(role: str, layer: int, elements: int) -> list[TensorCount]:
         kinds = ("ffn_gate", "ffn_up", "ffn_down") if gated else ("ffn_up", "ffn_down")
         return [TensorCount(kind, role, layer, elements) for kind in kinds]
 
-    for layer in range(n_dense):
-        found += triple("dense", layer, hidden * dense["width"])
+    if dense:
+        for layer in range(dense["layers"]):
+            found += triple("dense", layer, hidden * dense["width"])
     if moe:
         start = max(0, layers - moe["layers"])
         for layer in range(start, start + moe["layers"]):

@@ -11,11 +11,10 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refimpl.errors import InputError
-
 from hwmodel.model import ModelShape
 from hwmodel.quant import Quant
 from hwmodel.run import DeviceLike, RunConfig, Split, Workload
+from refimpl.errors import InputError
 
 # What a host is taken for when a run offloads to it and does not describe it: a desktop with two
 # channels of DDR5-6000 (64 GB/s of 96 sustained), and PCIe 4.0 x16.
@@ -58,6 +57,12 @@ class Machine:
             if found:
                 return found
         return 20.0 * self.bandwidth_bytes_per_s
+
+    def best_flop(self, bits: float) -> float:
+        """Highest dense peak that any arithmetic on weights of `bits` bits could use, all devices
+        at work: the physical limit, whatever the engine's kernels use."""
+        usable = [v for k, v in self.flop_per_s.items() if bits <= 5 or k not in ("fp4", "int4")]
+        return max([*usable, self.flop("fp16")]) * self.stages
 
     def pipeline(self, chunks: int) -> float:
         """Speed-up of `chunks` prompt chunks that follow each other through the stages.

@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from refimpl.errors import RefimplError
-
 from hwmodel.fit import Fit, load_fit, nearest_run, part_seconds, seconds, spread
 from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
 from hwmodel.speculative import tokens_per_step
 from hwmodel.timing import Part, decode_parts, prefill_parts
+from refimpl.errors import RefimplError
 
 # Further spread (natural logarithm) for what a run leaves open.
 UNSTATED_DEPTH = 0.10
@@ -25,7 +24,9 @@ GUESSED_SHAPE = 0.20
 BAND = 1.6  # multiple of the standard deviation where a fit states none
 
 
-def predict(run: RunConfig, quantity: Quantity = "decode_tok_s", fit: Fit | None = None) -> Estimate:
+def predict(
+    run: RunConfig, quantity: Quantity = "decode_tok_s", fit: Fit | None = None
+) -> Estimate:
     """The speed of a run.
 
     `decode_tok_s` is tokens per second of each sequence, `prefill_tok_s` prompt tokens per second
@@ -112,6 +113,20 @@ def _roofline(parts: Sequence[Part]) -> float:
     for p in parts:
         busy[p.resource] = busy.get(p.resource, 0.0) + p.peak_s
     return max(busy.values()) or math.inf
+
+
+def physical_limit(run: RunConfig, quantity: Quantity) -> float:
+    """Tokens per second of one sequence that the datasheets allow, whatever the engine does.
+
+    A sequence is never faster than alone, and a step yields at most all its drafts and one more.
+
+    Raises:
+        InputError: no device with a known bandwidth.
+    """
+    work = dataclasses.replace(run.workload, concurrency=1, drafts=0)
+    parts, amount = step_parts(dataclasses.replace(run, workload=work), quantity)
+    most = 1 + run.workload.drafts if quantity == "decode_tok_s" else 1
+    return most * amount / _roofline(parts)
 
 
 def _limiting(parts: Sequence[Part], fit: Fit) -> str:

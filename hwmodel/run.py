@@ -98,11 +98,12 @@ class Workload:
 class Placement:
     """Where the weights live.
 
-    `link_kind` (`nvlink`, `pcie`, `xgmi`, `network`) and `link_bytes_per_s` describe the path
-    between the devices; empty and None mean the device's own. `split` says how several devices share the model. `host_expert_share` is the share (0..1) of
-    the routed experts kept in host memory and `host_layer_share` the share of whole layers there;
-    `ssd_share` is the share of the routed experts that must be read from disk when used. A host
-    computes its own experts during decode and streams them over the host link during prefill.
+    `split` says how several devices share the model; `link_kind` (`nvlink`, `pcie`, `xgmi`,
+    `network`) and `link_bytes_per_s` describe the path between them (empty, None: their own).
+    `host_expert_share` is the share (0..1) of the routed experts kept in host memory and
+    `host_layer_share` the share of whole layers there; `ssd_share` is the share of the routed
+    experts that must be read from disk when used. A host computes its own experts during decode
+    and streams them over the host link during prefill.
     """
 
     split: Split = "single"

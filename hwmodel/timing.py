@@ -18,6 +18,7 @@ from hwmodel import placement as place
 from hwmodel.memory import kv_value_bytes, stated_scale
 from hwmodel.operations import StepCounts, draft_bytes, step_counts
 from hwmodel.placement import Machine
+from hwmodel.quant import bits_per_weight
 from hwmodel.run import RunConfig
 
 REFERENCE_MONTH = 2026 * 12 + 7  # builds are compared with August 2026
@@ -263,9 +264,7 @@ def _outside_parts(
     return parts
 
 
-def _kv_parts(
-    run: RunConfig, m: Machine, c: Context, counts: StepCounts, depth: int
-) -> list[Part]:
+def _kv_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, depth: int) -> list[Part]:
     size = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
     if size <= 0:
         return []
@@ -292,8 +291,9 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
         base = 60e-6 * (sequences - 1) ** 0.75
         parts.append(Part("scheduling", "overhead", base, c.features("sequence", "family")))
     if rows > 1:
-        base = 0.1 * run.model.layers * per_layer
-        parts.append(Part("verification", "overhead", base, c.features("verify", "family")))
+        base = 0.2 * (rows - 1) * run.model.layers * per_layer
+        effects = c.features("verify", "family", "class+group")
+        parts.append(Part("verification", "overhead", base, effects))
     return parts
 
 
@@ -302,9 +302,7 @@ def peak_flop(run: RunConfig, m: Machine) -> float:
     return m.flop(run.quant.compute_type)
 
 
-def _row_parts(
-    run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int
-) -> list[Part]:
+def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int) -> list[Part]:
     """Arithmetic of the rows after the first, as far as the reads do not hide it.
 
     Servers batch the rows into matrix products: with reads R and arithmetic A, A A / (A + R)
@@ -318,7 +316,8 @@ def _row_parts(
     reads = sum(counts.weight_bytes.values()) * stated_scale(run) / m.bandwidth_bytes_per_s
     effects = c.features("rows", "class", "class+group")
     base = arithmetic**2 / (arithmetic + reads) if c.group == "server" else arithmetic
-    return [Part("arithmetic", "compute", base, effects, flop / peak_flop(run, m), flop=flop)]
+    limit = flop / m.best_flop(bits_per_weight(run.quant.default))
+    return [Part("arithmetic", "compute", base, effects, limit, flop=flop)]
 
 
 def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
@@ -329,7 +328,7 @@ def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]
         latency = ALL_REDUCE_S.get(m.link_kind, 25e-6) * (1 + math.log2(m.parallel)) / 2
         moved = hops * hidden_bytes * 2 * (m.parallel - 1) / m.parallel
         base = hops * latency + moved / m.link_bytes_per_s / LINK_PRIOR
-        effects = c.features("links", "family") + ((f"links/kind={m.link_kind}", 1.0),)
+        effects = (*c.features("links", "family"), (f"links/kind={m.link_kind}", 1.0))
         return [Part("links", "links", base, effects, moved / m.link_bytes_per_s, moved)]
     if m.stages > 1:
         moved = (m.stages - 1) * hidden_bytes
@@ -384,24 +383,30 @@ def _compute_parts(
     scores, routed = adds.pop("scores", 0.0), adds.pop("routed", 0.0)
     dense = sum(adds.values())
     peak = peak_flop(run, m) * speedup
+    best = m.best_flop(bits_per_weight(run.quant.default))
     levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
     effects = c.features("compute", *levels)
     on_host = run.placement.host_layer_share
     parts = []
     if dense > 0:
         t = 2 * dense / peak
-        parts.append(Part("matrices", "compute", t / COMPUTE_PRIOR, effects, t, flop=2 * dense))
+        limit = 2 * dense / best
+        parts.append(Part("matrices", "compute", t / COMPUTE_PRIOR, effects, limit, flop=2 * dense))
     if routed > 0:
         t = 2 * routed / peak
         each = math.log2(max(0.25, chunk * run.model.top_k / run.model.experts) / 64)
         extra = c.features("expert compute", "class", "class+group", "quant")
-        extra += ((f"expert compute/tokens={c.device_class}", each), ("expert compute/tokens", each))
-        base = t / COMPUTE_PRIOR / 0.6
-        parts.append(Part("routed experts", "compute", base, effects + extra, t, flop=2 * routed))
+        extra += (("expert compute/tokens", each),)
+        extra += ((f"expert compute/tokens={c.device_class}", each),)
+        base, limit = t / COMPUTE_PRIOR / 0.6, 2 * routed / best
+        parts.append(
+            Part("routed experts", "compute", base, effects + extra, limit, flop=2 * routed)
+        )
     if scores > 0:
         t = 2 * scores / m.flop("fp16") / speedup
         effects = c.features("scores", "class", "device", "class+group")
-        parts.append(Part("attention", "compute", t / 0.3, effects, t, flop=2 * scores))
+        limit = 2 * scores / best
+        parts.append(Part("attention", "compute", t / 0.3, effects, limit, flop=2 * scores))
     if on_host > 0:
         t = 2 * (dense + routed) * on_host / m.host_flop_per_s
         parts.append(Part("host arithmetic", "compute", t / 0.3, c.features("host compute"), t))
