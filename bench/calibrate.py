@@ -244,8 +244,8 @@ class Problem:
             value = now
         slope = self.slopes(share)
         weight, _ = self.pull(logs, use)
-        inverse: Array = np.linalg.inv(slope.T @ (weight[:, None] * slope) + np.diag(ridge))
-        return x, inverse
+        inverse = np.linalg.inv(slope.T @ (weight[:, None] * slope) + np.diag(ridge))
+        return x, np.asarray(inverse, dtype=np.float64)
 
     def _walk(
         self, x: Array, step: Array, value: float, use: Array

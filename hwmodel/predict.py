@@ -200,4 +200,7 @@ def config_columns(run: RunConfig) -> dict[str, Any]:
         "prompt": work.prompt_tokens,
         "concurrency": work.concurrency,
         "drafts": work.drafts,
+        "micro_batch": work.micro_batch or 0,
+        "kv": work.kv_type,
+        "date": run.engine.date,
     }
