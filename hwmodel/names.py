@@ -184,6 +184,16 @@ def _quant_name(name: str, text: str, exact: bool = True, note: str = "") -> Nam
     return Name("quant", name, text, exact, note)
 
 
+# what people put before or after the name of a device
+_COUNT = re.compile(r"(?i)^\s*\d{1,4}\s*[x×]\s*(?=\D|\d{4})|\s*[x×]\s*\d{1,4}\s*$")
+_MAKER = re.compile(
+    r"(?i)^\s*(nvidia|apple|amd|intel|geforce|mac ?(studio|book pro|book air|mini|pro))\s+"
+)
+_TRIM = re.compile(
+    r"(?i)[\s,-]+(\d+\s?gi?b|hbm\d?e?|gddr\d\w?|sxm\d?|max-?q|workstation|server|edition|gpus?)$"
+)
+
+
 def _device(text: str) -> Name | None:
     guesses = {key(k): v for k, v in data.DEVICE_GUESSES.items()}
     if key(text) in guesses:
@@ -193,11 +203,17 @@ def _device(text: str) -> Name | None:
     if key(text) in index:
         return Name("device", index[key(text)], text)
     bare, note = _strip(text)
-    bare = re.sub(r"(?i)^\s*\d+\s*x\s+|^nvidia\s+|^apple\s+|^amd\s+|^geforce\s+", "", bare)
-    if key(bare) not in index:
-        return None
     vague = re.search(r"(?i)probabl|likely|unstated|\?", note)
-    return Name("device", index[key(bare)], text, exact=not vague, note=note)
+    for pattern in (None, _COUNT, _MAKER, _MAKER, _TRIM, _TRIM, _TRIM):
+        if pattern is not None:
+            shorter = pattern.sub("", bare)
+            if shorter == bare:
+                continue
+            bare = shorter
+        if key(bare) in index:
+            note = note or ("" if bare == text else text)
+            return Name("device", index[key(bare)], text, exact=not vague, note=note)
+    return None
 
 
 def _model(text: str) -> Name | None:

@@ -62,6 +62,13 @@ def test_a_known_model_has_a_shape_or_is_predicted_from_its_totals(model: str) -
         ("device", "H100 SXM5", "h100"),
         ("device", "M4MAX", "m4max"),
         ("device", "GB10", "dgx-spark"),
+        ("device", "NVIDIA H100 80GB HBM3", "h100"),
+        ("device", "8xH100", "h100"),
+        ("device", "2x3090", "rtx3090"),
+        ("device", "H200 x8", "h200"),
+        ("device", "Mac Studio M2 Ultra", "m2-ultra"),
+        ("device", "Ryzen AI Max+ 395 128GB", "ryzen-ai-max-395"),
+        ("device", "RTX PRO 6000 Max-Q", "rtx-pro-6000"),
         ("device", "Strix Halo", "ryzen-ai-max-395"),
         ("quant", "q4ks", "Q4_K_S"),
         ("quant", "UD-IQ3_XXS", "IQ3_XXS"),
@@ -104,9 +111,11 @@ def test_a_class_of_types_is_never_passed_off_as_a_type(text: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("device", "rtx5080"),
+        ("device", "rtx9080"),
         ("device", ""),
         ("device", "x" * 500),
+        ("device", "RTX 4090 Laptop"),
+        ("device", "3090 and 4090"),
         ("engine", "frobnicator"),
         ("quant", "Q9_Z"),
         ("model", "gpt-7"),
@@ -120,7 +129,7 @@ def test_the_unknown_is_not_mapped(kind: names.Kind, text: str) -> None:
 
 def test_near_names_are_offered() -> None:
     assert names.suggest("device", "m4maxx")[0] == "m4max"
-    assert names.suggest("device", "rtx5080")[0] == "rtx5090"
+    assert names.suggest("device", "rtx5091")[0] == "rtx5090"
     assert names.suggest("engine", "lama.cpp")[0] == "llama.cpp"
     assert names.suggest("quant", "Q4_K_SS")[0] == "Q4_K_S"
     assert names.suggest("device", "my-bx", ["my-box"])[0] == "my-box"
