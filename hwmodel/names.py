@@ -185,7 +185,7 @@ def _quant_name(name: str, text: str, exact: bool = True, note: str = "") -> Nam
 
 
 # what people put before or after the name of a device
-_COUNT = re.compile(r"(?i)^\s*\d{1,4}\s*[x×]\s*(?=\D|\d{4})|\s*[x×]\s*\d{1,4}\s*$")
+_COUNT = re.compile(r"(?i)^\s*\d{1,4}\s*[x×]\s*(?=\D|\d{4})|(?<=[\s\d)])[x×]\s*\d{1,2}\s*$")
 _MAKER = re.compile(
     r"(?i)^\s*(nvidia|apple|amd|intel|geforce|mac ?(studio|book pro|book air|mini|pro))\s+"
 )
