@@ -8,7 +8,7 @@ from typing import Any
 from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
 from hwmodel.fit import load_fit
-from hwmodel.plan import Plan
+from hwmodel.plan import WORTHWHILE, Plan
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
 
@@ -165,7 +165,9 @@ def _drafts(plan: Plan) -> list[str]:
     shown = ", ".join(f"{o.drafts}: {o.gain:.2f}x{'' if o.fits else ' (no room)'}" for o in options)
     basis = plan.request.stats_file or "published acceptance"
     if not plan.best_drafts:
-        return [f"off: drafting does not pay here ({shown}; {basis})"]
+        crowded = any(o.gain >= WORTHWHILE and not o.fits for o in options)
+        why = "no room for the MTP layers" if crowded else "drafting does not pay here"
+        return [f"off: {why} ({shown}; {basis})"]
     best = plan.drafts[plan.best_drafts]
     return [
         f"{best.drafts} per step: {pair(best.decode)}, {best.gain:.2f} times as fast "
