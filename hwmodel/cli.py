@@ -94,7 +94,8 @@ def plan(
     from hwmodel.cli_support import print_json
     from hwmodel.model import step_shape
     from hwmodel.plan import make_plan
-    from hwmodel.plan_view import plan_json, plan_text
+    from hwmodel.plan_json import plan_json
+    from hwmodel.plan_view import plan_text
     from hwmodel.request import make_request
 
     answer = make_plan(make_request(model=step_shape(), ram_gb=ram, **given))

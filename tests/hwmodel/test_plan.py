@@ -13,7 +13,8 @@ from hwmodel.candidate import tier_of
 from hwmodel.errors import RequestError
 from hwmodel.model import step_shape
 from hwmodel.plan import Plan, make_plan, max_context
-from hwmodel.plan_view import WIDTH, figure, plan_json, plan_text, shell_lines
+from hwmodel.plan_json import plan_json
+from hwmodel.plan_view import WIDTH, figure, plan_text, shell_lines
 from hwmodel.request import make_request
 from hwmodel.search import candidates, choose, splits_of, why_illegal
 
