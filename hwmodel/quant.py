@@ -47,7 +47,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "IQ1_M": (256, 56),
     "IQ1_S": (256, 50),
     "MXFP4": (32, 17),
-    "NVFP4": (16, 9),
+    "NVFP4": (64, 36),
     "INT8": (128, 130),
     "INT4_G128": (128, 66),  # 4-bit groups of 128 with one 16-bit scale
     "INT4_G32": (32, 18),
@@ -179,7 +179,9 @@ def storage_types(model: ModelShape, quant: Quant) -> tuple[str, ...]:
 
 
 def _plain_type(t: TensorCount, quant: Quant) -> str:
-    if t.kind in ("norm", "bias"):
+    if t.kind == "bias":  # the router's selection bias stays float32 in every published form
+        return "F32"
+    if t.kind == "norm":
         return "BF16" if quant.rule != "mxfp4" else "F32"
     outside = t.kind in ("embedding", "head")
     if quant.rule in ("plain", "mlx"):

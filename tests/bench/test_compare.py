@@ -1,0 +1,102 @@
+"""bench compare: predictions beside measurements, in the row's own scope, without looking."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from bench.compare import compare, worst_rows
+from bench.runs import RunRecord, published_runs_path, read_runs
+from hwmodel.fit import load_fit
+
+ROW = RunRecord(
+    id="X1", model="Step-3.5-Flash", total_params_b=196.81, active_params_b=11.0, quant="Q4_K_S",
+    weights_gb=111.5, device="m4max-40core", n_devices=1, engine="llama.cpp",
+    engine_version="Metal", mtp="none", batch_concurrency=1, prompt_tokens=2048,
+    context_depth=2048, gen_tokens=128, decode_tok_s=48.5, prefill_tok_s=420.0,
+    source_date="2026-08", fit_ok="yes", sweep="x",
+)  # fmt: skip
+
+
+def one(record: RunRecord, quantity: str = "decode_tok_s") -> dict:  # type: ignore[type-arg]
+    rows = compare([record])["rows"]
+    return next(r for r in rows if r["quantity"] == quantity)
+
+
+def test_every_measured_figure_has_one_row() -> None:
+    rows = compare([ROW, dataclasses.replace(ROW, id="X2", prefill_tok_s=None)])["rows"]
+    assert [(r["id"], r["quantity"]) for r in rows] == [
+        ("X1", "decode_tok_s"), ("X1", "prefill_tok_s"), ("X2", "decode_tok_s"),
+    ]  # fmt: skip
+
+
+def test_measured_figures_change_no_prediction() -> None:
+    other = one(dataclasses.replace(ROW, decode_tok_s=4.0, prefill_tok_s=1e7, ttft_ms=1.0))
+    same = ("predicted", "low", "high", "status", "held_out_predicted", "baseline")
+    assert {k: other[k] for k in same} == {k: one(ROW)[k] for k in same}
+
+
+def test_beyond_the_physical_limit_is_flagged_and_kept() -> None:
+    found = one(dataclasses.replace(ROW, decode_tok_s=5000.0))
+    assert found["beyond_limit"] and "physical limit" in found["reason"]
+    assert found["predicted"] == one(ROW)["predicted"]
+    assert not one(ROW)["beyond_limit"]
+
+
+def test_figures_are_in_the_scope_of_the_row() -> None:
+    batch = dataclasses.replace(ROW, batch_concurrency=8, decode_tok_s=120.0)
+    user = one(batch)
+    total = one(dataclasses.replace(batch, decode_scope="aggregate"))
+    for key in ("predicted", "low", "high"):
+        assert total[key] == pytest.approx(8 * user[key])
+
+
+def test_a_row_without_known_hardware_is_declined_with_null_figures() -> None:
+    found = one(dataclasses.replace(ROW, device="somebody's machine"))
+    assert found["status"] == "declined" and found["reason"]
+    assert found["predicted"] is found["low"] is found["high"] is None
+
+
+def test_a_new_configuration_of_a_known_family_is_held_out() -> None:
+    assert one(dataclasses.replace(ROW, context_depth=5000, prompt_tokens=5000))["status"] == (
+        "held_out"
+    )
+
+
+def test_unknown_names_are_extrapolated_with_a_wider_band() -> None:
+    strange = one(dataclasses.replace(ROW, engine="turbo9000"))
+    assert strange["status"] == "extrapolated" and "turbo9000" in strange["reason"]
+    assert strange["high"] / strange["low"] > one(ROW)["high"] / one(ROW)["low"]
+
+
+def test_rows_that_may_not_be_judged_are_predicted_all_the_same() -> None:
+    found = compare([dataclasses.replace(ROW, fit_ok="no (warm-up)")])
+    assert all(r["predicted"] for r in found["rows"])
+    assert found["summary"]["judged"] == 0 and found["summary"]["median"] is None
+
+
+def test_the_published_runs() -> None:
+    """Coverage, errors of left-out sweeps and bands of the shipped fit on the shipped runs."""
+    records, _ = read_runs(published_runs_path())
+    found = compare(records, load_fit())
+    summary = found["summary"]
+    assert summary["coverage"] >= 0.95
+    decode = summary["by_quantity"]["decode_tok_s"]
+    prefill = summary["by_quantity"]["prefill_tok_s"]
+    assert decode["held_out"]["median"] <= 0.10 and decode["held_out"]["p90"] <= 0.30
+    assert prefill["held_out"]["median"] <= 0.20
+    for part in (decode, prefill):
+        assert 0.80 <= part["in_band"] <= 0.95
+        assert 0.80 <= part["held_out"]["in_band"] <= 0.95
+    assert decode["held_out"]["median"] < decode["baseline"]["median"]
+    assert len(worst_rows(found["rows"])) == 10
+    json.dumps(found, allow_nan=False)
+
+
+def test_every_figure_is_finite() -> None:
+    records, _ = read_runs(published_runs_path())
+    for r in compare(records)["rows"]:
+        if r["status"] != "declined":
+            assert all(math.isfinite(r[k]) and r[k] > 0 for k in ("predicted", "low", "high"))
+            assert r["low"] < r["predicted"] < r["high"]

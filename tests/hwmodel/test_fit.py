@@ -1,0 +1,74 @@
+"""The fit file: written and read back, damaged files refused, the nearest run found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hwmodel.fit import distance, from_json, load_fit, nearest_run, prior_spread, to_json
+from refimpl.errors import InputError
+
+
+def test_round_trip() -> None:
+    fit = load_fit()
+    again = from_json(json.loads(json.dumps(to_json(fit))))
+    assert again.effects == fit.effects
+    assert again.band == fit.band
+    assert again.runs == fit.runs
+    assert to_json(again) == to_json(fit)
+
+
+def test_the_shipped_fit_reaches_what_it_promises() -> None:
+    """Leaving whole sweeps out, and whole devices out; every refit never saw those rows."""
+    decode = load_fit().errors["decode_tok_s"]
+    prefill = load_fit().errors["prefill_tok_s"]
+    assert decode["leave_sweep_out"]["median"] <= 0.10
+    assert decode["leave_sweep_out"]["p90"] <= 0.30
+    assert prefill["leave_sweep_out"]["median"] <= 0.20
+    assert decode["leave_device_out"]["median"] <= 0.20
+    assert decode["leave_sweep_out"]["median"] < 0.6 * decode["baseline"]["median"]
+
+
+def test_the_shipped_fit_names_its_runs() -> None:
+    fit = load_fit()
+    assert len(fit.runs) > 400
+    assert all(r.measured > 0 and r.held_out > 0 and r.low < r.high for r in fit.runs)
+    inside = [r.low <= r.measured <= r.high for r in fit.runs]
+    assert 0.80 <= sum(inside) / len(inside) <= 0.95
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"schema": 2}',
+        '{"schema": 1, "effects": {"a/all": 1}, "covariance": [], "sigma": {}, "band": {}}',
+        '{"schema": 1, "effects": {"a/all": "x"}, "covariance": ["1"], "sigma": {}, "band": {}}',
+        '{"schema": 1, "effects": {"a/all": NaN}, "covariance": ["1"], "sigma": {}, "band": {}}',
+        "[" * 100_000,
+    ],
+)
+def test_damaged_files_get_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "fit.json"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_fit(file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_missing_file_gets_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_fit(tmp_path / "none.json")
+
+
+def test_nearest_run_prefers_model_and_device_to_depth() -> None:
+    fit = load_fit()
+    config = next(r.config for r in fit.runs if r.id == "S004" and r.quantity == "decode_tok_s")
+    assert distance(config, config) == 0
+    near = nearest_run(fit, {**config, "depth": 15000}, "decode_tok_s")
+    assert near is not None and "m4max" in near.description and near.held_out
+
+
+def test_levels_close_to_the_run_are_trusted_less_than_general_ones() -> None:
+    assert prior_spread("weights/class=apple") > prior_spread("weights/device=m4max")
