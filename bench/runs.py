@@ -294,6 +294,8 @@ def _record(header: list[str], cells: list[str], line: int, seen: set[str]) -> R
         problems.append(f"decode_scope is {scope!r}, expected {' or '.join(SCOPES)}")
         scope = "per_user"
     problems += _missing(values)
+    if values.get("n_devices") is None:
+        values["n_devices"] = names.device_count(str(values.get("device", "")))
     return RunRecord(
         id=identity, decode_scope=scope, extra=extra, problems=tuple(problems), line=line,
         **values,  # type: ignore[arg-type]

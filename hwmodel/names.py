@@ -92,6 +92,17 @@ def ids(kind: Kind) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_index(kind).values()))
 
 
+def device_count(text: str) -> int | None:
+    """The number of devices that a spelling states (`4x RTX 3090`, `H200 x8`), None without one.
+
+    A spelling that is one device's own name, such as `2x EPYC 9654`, states none.
+    """
+    if key(text) in _index("device"):
+        return None
+    found = _COUNT.search(_BRACKETS.sub(" ", text).strip())
+    return int(re.sub(r"\D", "", found[0])) if found else None
+
+
 def engine_backend(engine: str) -> str:
     """The backend that an engine's own name fixes (`mlx` runs on Metal), empty where none."""
     return data.ENGINE_BACKEND.get(engine, "")

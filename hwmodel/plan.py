@@ -24,6 +24,7 @@ from hwmodel.search import (
     closest,
     make_candidate,
     splits_of,
+    why_illegal,
 )
 from hwmodel.speculative import conditional_acceptance
 
@@ -194,20 +195,45 @@ def _problem(request: PlanRequest) -> str:
 
 
 def _no_room(request: PlanRequest, counts: list[int]) -> str:
-    device = request.device
-    many = f"{counts[-1]}x {device.name}" if counts[-1] > 1 else device.name
+    """Why nothing holds the model: an illegal split, or so many GB too little."""
+    device, count = request.device, counts[-1]
+    many = f"{count}x {device.name}" if count > 1 else device.name
     if len(counts) > 1:
         many = f"1 to {many}"
     what = f"{request.quant} does not fit" if request.quant else "no published type fits"
-    tried = list(candidates(request, counts[-1]))
-    if tried and tried[0].memory.raised_margin_bytes >= 0 and tried[0].share_problem:
-        return f"{what} {many}: {tried[0].share_problem}"
-    if tried:
-        short = -max(c.memory.raised_margin_bytes for c in tried)
-        return f"{what} {many}: {short / 1e9:.1f} GB short"
-    if request.ram_bytes is None:
-        return f"{what} {many}; --ram GB adds host memory and disk"
-    return f"{what} {many}, not even with host memory and disk"
+    least, illegal = _least_short(request, count)
+    if least is None:
+        return f"{what} {many}: {illegal}" if illegal else f"{what} {many}"
+    missing = -least.memory.raised_margin_bytes / 1e9
+    why = f"{missing:.1f} GB too little" if missing > 0 else least.share_problem
+    named = "" if request.quant else f"for {least.run.quant.name} in {least.engine.title} "
+    text = f"{what} {many}: {named}{why}"
+    if illegal:
+        text += f" ({illegal})"
+    helps = device.unified or any(e.host_experts for e in request.engines)
+    return text + (
+        "; --ram GB adds host memory and disk" if helps and not request.ram_bytes else ""
+    )
+
+
+def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, str]:
+    """Of all legal configurations on so many devices the one that lacks least, and why others
+    are illegal."""
+    found: list[Candidate] = []
+    illegal = ""
+    for engine in request.engines:
+        for split in splits_of(engine, request.device, count):
+            if request.split not in (None, split):
+                continue
+            for quant in [request.quant] if request.quant else engine.published:
+                if quant not in engine.quants:
+                    continue
+                why = why_illegal(request.model, quant, split, count)
+                illegal = why or illegal
+                if why is None:
+                    found.append(make_candidate(request, engine, split, count, quant))
+    best = max(found, key=lambda c: c.memory.raised_margin_bytes) if found else None
+    return best, illegal if request.split else ""
 
 
 def _smallest(request: PlanRequest) -> Candidate:

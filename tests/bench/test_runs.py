@@ -62,6 +62,27 @@ def test_unknown_columns_are_kept() -> None:
     assert "room" in write_runs([record])
 
 
+@pytest.mark.parametrize(
+    ("device", "stated", "count"),
+    [
+        ("4x RTX 3090", "", 4),
+        ("H200 x8", "", 8),
+        ("8xH100", "", 8),
+        ("4x RTX 3090", "2", 2),
+        ("rtx3090", "", None),
+        ("2x EPYC 9654", "", None),
+        ("4x MI50-32GB + 2x MI50-16GB", "6", 6),
+    ],
+)
+def test_the_number_of_devices_may_stand_in_their_name(
+    device: str, stated: str, count: float | None
+) -> None:
+    line = f"A1,Step-3.5-Flash,Q4_K_S,{device},llama.cpp,48.2,,,,{stated}"
+    record, problems = one(line, HEADER + ",n_devices")
+    assert problems == []
+    assert record.n_devices == count
+
+
 def test_headers_people_use_are_understood() -> None:
     text = "Model\tGPU\tGPUs\ttg\tpp\tDepth\tquantization\nStep\th100\t2\t30\t900\t4K\tQ4_K_S\n"
     records, problems = parse_runs(text)

@@ -230,6 +230,21 @@ def test_fp8_experts_are_never_split_by_four() -> None:
         assert {c.run.placement.split for c in candidates(request, count)} == {"expert"}
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "message"),
+    [
+        ("h100", {"engine": "vllm", "count": 4, "split": "tensor"}, "for BF16 in vLLM"),
+        ("h100", {"engine": "vllm", "count": 4, "split": "tensor"}, "320, not a multiple of"),
+        ("h100", {"count": 1, "quant": "Q4_K_S"}, "Q4_K_S does not fit h100: 28.8 GB too little"),
+        ("rtx4090", {"count": 2}, "for IQ3_XXS in llama.cpp 29."),
+        ("rtx4090", {"count": 2}, "--ram GB adds host memory and disk"),
+        ("m4max-32core", {"count": 1}, "no published type fits m4max-32core"),
+    ],
+)
+def test_what_is_missing_is_said(device: str, options: dict[str, Any], message: str) -> None:
+    assert message in plan(device, **options).problem
+
+
 def test_the_longest_context_is_the_longest_that_fits() -> None:
     p = plan("rtx4090", count=5)
     assert p.request.context < p.max_context < MODEL.max_context
