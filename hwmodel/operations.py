@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hwmodel.model import AttentionGroup, ModelShape
-from hwmodel.quant import Quant, role_bytes, storage_types
-from hwmodel.quant import block_bytes as _block_bytes
+from hwmodel.quant import Quant, role_bytes, tensor_bytes
 
 SCORES = "scores"
 _NO_PRODUCT = ("norm", "bias", "embedding")
@@ -142,7 +141,7 @@ def draft_bytes(model: ModelShape, quant: Quant, drafts: int) -> float:
         return 0.0
     layers = sorted({t.layer for t in model.tensors if t.mtp})[: min(drafts, model.mtp_layers)]
     total = 0.0
-    for t, storage in zip(model.tensors, storage_types(model, quant), strict=True):
+    for t, size in zip(model.tensors, tensor_bytes(model, quant), strict=True):
         if t.mtp and t.layer in layers:
-            total += float(_block_bytes(storage, t.elements))
+            total += float(size)
     return total

@@ -92,13 +92,16 @@ class Quant:
         rule: which set of exceptions applies: `gguf` (llama.cpp's mixtures), `routed` (only the
             routed experts are quantised, the rest is BF16), `linear` (all matrices of the layers,
             embedding and head stay BF16), `mlx` (everything but norms), `mxfp4` (experts MXFP4,
-            the rest Q8_0 as llama.cpp does or BF16 as published), or `plain`.
+            the rest Q8_0 as llama.cpp does or BF16 as published), `file` (sizes as read from a
+            checkpoint), or `plain`.
+        sizes: for `file`, stored bytes of each tensor of the model, in the model's order.
     """
 
     name: str
     default: str
     rule: str
     rest: str = "BF16"
+    sizes: tuple[int, ...] = ()
 
     @property
     def family(self) -> str:
@@ -176,6 +179,14 @@ def storage_types(model: ModelShape, quant: Quant) -> tuple[str, ...]:
     if quant.rule == "gguf":
         return tuple(_gguf_types(model, quant.name, quant.default))
     return tuple(_plain_type(t, quant) for t in model.tensors)
+
+
+def tensor_bytes(model: ModelShape, quant: Quant) -> tuple[Fraction, ...]:
+    """Stored bytes of each tensor of `model.tensors`, in that order."""
+    if quant.rule == "file":
+        return tuple(map(Fraction, quant.sizes))
+    types = storage_types(model, quant)
+    return tuple(block_bytes(s, t.elements) for t, s in zip(model.tensors, types, strict=True))
 
 
 def _plain_type(t: TensorCount, quant: Quant) -> str:
@@ -307,9 +318,9 @@ def _ffn_down_type(mixture: str, default: str, layer: int, layers: int) -> str:
 def role_bytes(model: ModelShape, quant: Quant) -> dict[str, float]:
     """Stored bytes of the trunk by role, and of the MTP layers under `mtp`."""
     total: dict[str, Fraction] = {}
-    for t, storage in zip(model.tensors, storage_types(model, quant), strict=True):
+    for t, size in zip(model.tensors, tensor_bytes(model, quant), strict=True):
         key = "mtp" if t.mtp else t.role
-        total[key] = total.get(key, Fraction(0)) + block_bytes(storage, t.elements)
+        total[key] = total.get(key, Fraction(0)) + size
     return {role: float(value) for role, value in total.items()}
 
 
