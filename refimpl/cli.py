@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     lazy={
         "golden": "refimpl.cli_golden:golden",
         "inspect": "refimpl.cli_inspect:inspect",
+        "synth": "refimpl.cli_synth:synth",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -252,7 +253,8 @@ def _speed(seconds: float, tokens_per_s: float | None) -> str:
     help="How matrices are stored; vectors and routers stay f32.",
 )
 @click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
-def convert(src: str, out: str, file_type: str, no_mtp: bool) -> None:
+@click.option("--name", metavar="TEXT", help="general.name of a GGUF file [default: SRC's name].")
+def convert(src: str, out: str, file_type: str, no_mtp: bool, name: str | None) -> None:
     """Write the checkpoint SRC (a folder, a GGUF file, or mini) as OUT.
 
     An OUT that ends in .gguf becomes a GGUF file that llama.cpp loads; any other becomes a
@@ -266,7 +268,7 @@ def convert(src: str, out: str, file_type: str, no_mtp: bool) -> None:
     from refimpl.checkpoint.convert import convert as run
 
     with progress_bar("writing") as move:
-        notes = run(model_path(src), out, file_type, not no_mtp, move)
+        notes = run(model_path(src), out, file_type, not no_mtp, move, name)
     for remark in notes:
         note(f"note: {remark}")
     note(f"wrote {out}")

@@ -8,7 +8,7 @@ written a few rows at a time, so memory stays bounded, and the file appears whol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from refimpl.text.vocabulary import Vocabulary
 
 Array = NDArray[Any]
 TypeOf = Callable[[TensorSpec], str]
+Blocks = Callable[[TensorSpec, BlockType], Iterable[Array]]
+"""Gives a tensor's stored bytes in a type, in order, as arrays of bytes or of plain values."""
 
 FILE_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32),
               "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}  # fmt: skip
@@ -86,15 +88,39 @@ def write_gguf(
         CheckpointError: a value does not fit the type.
         ConfigError: the configuration cannot be expressed in GGUF.
     """
-    from gguf import size_label
-
     if file_type not in FILE_TYPES:
         raise InputError(f"type is {file_type!r}, expected one of {', '.join(FILE_TYPES)}")
     config = source.config if mtp else source.config.without_mtp()
-    choose = type_of or default_type(file_type)
-    plan = [(spec, block_type(choose(spec))) for spec in gguf_inventory(config)]
+    write_blocks(
+        config, Path(out), FILE_TYPES[file_type][1], type_of or default_type(file_type),
+        lambda spec, kind: _encoded(source, spec, kind), vocabulary, name, progress,
+    )  # fmt: skip
+
+
+def write_blocks(
+    config: ModelConfig,
+    out: Path,
+    file_type_id: int,
+    type_of: TypeOf,
+    blocks: Blocks,
+    vocabulary: Vocabulary | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write one GGUF file whose tensors' bytes come from a function.
+
+    Args:
+        file_type_id: `general.file_type` as llama.cpp numbers it.
+        blocks: gives the stored bytes of each tensor of `gguf_inventory(config)`, in order.
+
+    Raises:
+        InputError, ConfigError: as `write_gguf`.
+    """
+    from gguf import size_label
+
+    plan = [(spec, block_type(type_of(spec))) for spec in gguf_inventory(config)]
     sizes = [kind.row_bytes(s.shape[-1]) * (s.elements // s.shape[-1]) for s, kind in plan]
-    writer = _header(config, file_type, vocabulary, name or Path(out).stem)
+    writer = _header(config, file_type_id, vocabulary, name or out.stem)
     for (spec, kind), size in zip(plan, sizes, strict=True):
         ggml = _ggml_type(kind)
         writer.add_tensor_info(spec.gguf_name, spec.shape, np.dtype(np.float32), size, ggml)
@@ -106,7 +132,7 @@ def write_gguf(
         _pad(file, writer.data_alignment)
         for (spec, kind), size in zip(plan, sizes, strict=True):
             before = file.tell()
-            for block in _encoded(source, spec, kind):
+            for block in blocks(spec, kind):
                 file.write(block.data)
                 done += block.nbytes
                 if progress:
@@ -122,7 +148,9 @@ def _ggml_type(kind: BlockType) -> Any:
     return GGMLQuantizationType(kind.ggml_id)
 
 
-def _header(config: ModelConfig, file_type: str, vocabulary: Vocabulary | None, name: str) -> Any:
+def _header(
+    config: ModelConfig, file_type_id: int, vocabulary: Vocabulary | None, name: str
+) -> Any:
     from gguf import GGUFValueType, GGUFWriter
 
     writer = GGUFWriter(None, GGUF_ARCHITECTURE)
@@ -139,7 +167,7 @@ def _header(config: ModelConfig, file_type: str, vocabulary: Vocabulary | None, 
             kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.INT32}
             kind = kinds.get(type(value[0]), GGUFValueType.FLOAT32)
             writer.add_key_value(key, value, GGUFValueType.ARRAY, kind)
-    writer.add_file_type(FILE_TYPES[file_type][1])
+    writer.add_file_type(file_type_id)
     writer.add_quantization_version(_QUANTIZATION_VERSION)
     _add_vocabulary(writer, vocabulary, config)
     return writer

@@ -7,6 +7,7 @@ depend only on the seed and the tensor's name.
 from __future__ import annotations
 
 import math
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from refimpl.checkpoint.hf_write import DEFAULT_SHARD_BYTES, Progress, write_hf
 from refimpl.config import FULL, SLIDING, LayerKind, ModelConfig, RopeScaling
 from refimpl.inventory import TensorSpec, inventory
 from refimpl.text.byte_tokenizer import SIZE, byte_tokenizer_files
+from refimpl.text.tokenizer import from_hf
+from refimpl.text.vocabulary import Vocabulary
 
 Array = NDArray[Any]
 
@@ -136,6 +139,14 @@ def synthesize(
     )
 
 
+def byte_vocabulary() -> Vocabulary:
+    """The vocabulary of the byte tokenizer, for files that hold it in their metadata."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, contents in byte_tokenizer_files().items():
+            (Path(folder) / name).write_bytes(contents)
+        return from_hf(Path(folder)).vocabulary
+
+
 def random_weights(config: ModelConfig, seed: int) -> dict[str, Array]:
     """All tensors of a small model in float32 by Hugging Face name, norms zero-centred."""
     return {
@@ -147,14 +158,15 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, Array]:
 def random_chunks(tensor: TensorSpec, seed: int) -> Iterator[Array]:
     """Values of one tensor in float32, along its first axis (one expert at a time if stacked)."""
     rng = np.random.default_rng([seed, zlib.crc32(tensor.hf_name.encode())])
-    std = _std(tensor)
+    std = weight_std(tensor)
     step = 1 if tensor.is_stacked else _ROWS_PER_CHUNK
     for start in range(0, tensor.shape[0], step):
         n = min(step, tensor.shape[0] - start)
         yield rng.standard_normal((n, *tensor.shape[1:]), dtype=np.float32) * np.float32(std)
 
 
-def _std(tensor: TensorSpec) -> float:
+def weight_std(tensor: TensorSpec) -> float:
+    """Standard deviation of a tensor's weights, such that blocks give about unit variance."""
     if tensor.plus_one:
         return _NORM_STD
     if tensor.key == "router_bias":

@@ -1,0 +1,87 @@
+"""The command `refimpl synth`: parse and print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refimpl.cli_support import note, progress_bar
+
+_TYPES = [
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_s", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k",
+    "q5_k", "q6_k", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+
+
+@click.command()
+@click.argument("out")
+@click.option(
+    "--preset",
+    type=click.Choice(["tiny_a", "tiny_b", "slice"]),
+    default="tiny_a",
+    show_default=True,
+    help="tiny_a, tiny_b: a few MB in which every feature bites; slice: five layers of the "
+    "published model's widths.",
+)
+@click.option(
+    "--type",
+    "file_type",
+    type=click.Choice(_TYPES),
+    default="bf16",
+    show_default=True,
+    help="How matrices are stored: f32, f16, bf16 in a folder; in a GGUF file any, of which "
+    "q4_k_s is the mixture of the official file (tiny presets: those of convert).",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="S")
+@click.option(
+    "--experts", type=int, default=64, show_default=True, metavar="N", help="Experts of the slice."
+)
+@click.option(
+    "--vocab", type=int, default=16384, show_default=True, metavar="N", help="Its vocabulary."
+)
+@click.option("--mtp", type=int, metavar="N", help="MTP layers [default: slice 0, tiny all].")
+def synth(out: str, preset: str, file_type: str, seed: int, mtp: int | None, **sizes: Any) -> None:
+    """Write a random checkpoint OUT: a .gguf file, or else a Hugging Face folder.
+
+    Weights are scaled so that activations keep about unit variance. A tiny checkpoint holds
+    exactly quantised values; the slice is written straight as random valid blocks, several GB in
+    seconds. The same seed gives the same bytes.
+
+    \b
+    Examples:
+      refimpl synth tiny --preset tiny_a --type f32
+      refimpl synth slice.gguf --preset slice --type q4_k_s --experts 64
+    """
+    from refimpl.checkpoint.slice import slice_config, write_random
+
+    path = Path(out)
+    with progress_bar("writing") as move:
+        if preset == "slice":
+            config = slice_config(sizes["experts"], sizes["vocab"], mtp or 0)
+            write_random(config, path, file_type, seed, move)
+        else:
+            _tiny(path, preset, file_type, seed, mtp)
+    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+    note(f"wrote {out}: {size:,} bytes")
+
+
+def _tiny(out: Path, preset: str, file_type: str, seed: int, mtp: int | None) -> None:
+    import tempfile
+
+    from refimpl.checkpoint.convert import convert
+    from refimpl.checkpoint.synth import PRESETS, synthesize
+    from refimpl.errors import InputError
+
+    config = PRESETS[preset]()
+    have = config.num_nextn_predict_layers
+    if mtp not in (None, 0, have):
+        raise InputError(f"{mtp} MTP layers asked for; {preset} has {have}, or 0")
+    config = config.without_mtp() if mtp == 0 else config
+    if out.suffix != ".gguf":
+        synthesize(config, seed, out, file_type)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = synthesize(config, seed, Path(folder) / out.stem, "f32")
+        convert(source, out, file_type)
