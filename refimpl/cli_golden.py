@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refimpl.cli_support import note, read_text
+from refimpl.cli_support import SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
     from refimpl.golden.compare import Comparison, Difference
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 DIFFERS = 1
 
 
-@click.group()
+@click.group(cls=SentenceGroup, lazy={"diagnose": "refimpl.cli_diagnose:diagnose"})
 def golden() -> None:
-    """Dump and compare what a run computes at every layer."""
+    """Dump and compare what a run computes at every layer, and name the mistake behind a gap."""
 
 
 @golden.command()
