@@ -113,7 +113,7 @@ def make_request(
             f"--max-price: no price is known for {found.name}; add [price] buy_usd to its file"
         )
     ram = None if ram_gb is None else ram_gb * 2**30
-    if ram is not None and found.is_cpu:
+    if ram is not None and (found.is_cpu or found.device_class == "apple"):
         found = with_memory(found, ram)
     helper = None
     if ram is not None and not found.unified:
@@ -201,18 +201,34 @@ def parse_context(text: str | int, model: ModelShape) -> int:
 
 
 def with_memory(device: Device, total_bytes: float) -> Device:
-    """The same processor with so much RAM, as `--ram` states it.
+    """The same processor or Mac with so much memory, as `--ram` states it.
+
+    A Mac gives the GPU three quarters of its memory (two thirds up to 32 GiB), and with the
+    setting all but 8 GiB (4 up to 24 GiB).
 
     Raises:
         RequestError: less than the operating system keeps.
     """
     if total_bytes <= 2 * SYSTEM_BYTES:
         raise RequestError(f"--ram is {total_bytes / 2**30:g} GB, expected at least 8")
-    stated = Quantity(total_bytes, "--ram", "now")
+    if total_bytes == device.memory_bytes:
+        return device
     kept = {k: q for k, q in device.quantities.items() if not k.startswith("memory.")}
-    kept["memory.total_bytes"] = stated
-    kept["memory.reserve_bytes"] = Quantity(SYSTEM_BYTES, "unverified", "now", "operating system")
-    return dataclasses.replace(device, quantities=kept)
+    texts = dict(device.texts)
+    kept["memory.total_bytes"] = Quantity(total_bytes, "--ram", "now")
+    if device.is_cpu:
+        system = Quantity(SYSTEM_BYTES, "unverified", "now", "operating system")
+        kept["memory.reserve_bytes"] = system
+    else:
+        gib = total_bytes / 2**30
+        share = 0.75 if gib > 32 else 2 / 3
+        rule = "https://github.com/ggml-org/llama.cpp/discussions/2182"
+        kept["memory.usable_bytes"] = Quantity(share * total_bytes, rule, "2026-11")
+        raised = int(1024 * (gib - (8 if gib > 24 else 4)))
+        kept["memory.raised_usable_bytes"] = Quantity(raised * 2**20, "unverified", "now")
+        texts["memory.raise_how"] = f"sudo sysctl iogpu.wired_limit_mb={raised}"
+    title = f"{device.title.split(',')[0]}, {total_bytes / 2**30:.0f} GB"
+    return dataclasses.replace(device, quantities=kept, texts=texts, title=title)
 
 
 def read_acceptance(path: str) -> tuple[float, ...]:

@@ -76,6 +76,15 @@ def test_ram_is_a_processors_own_memory_and_a_gpus_helper() -> None:
     assert card.host.name == "desktop-ddr5"
 
 
+def test_a_mac_comes_in_several_sizes() -> None:
+    small = make_request("m4max", MODEL, ram_gb=64).device
+    assert small.usable_bytes == 48 * 2**30
+    assert small.raised_usable_bytes == 56 * 2**30
+    assert small.raise_how == "sudo sysctl iogpu.wired_limit_mb=57344"
+    assert "64 GB" in small.title
+    assert make_request("m4max", MODEL, ram_gb=128).device == make_request("m4max", MODEL).device
+
+
 @pytest.mark.parametrize(
     "content",
     [
