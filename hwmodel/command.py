@@ -100,6 +100,9 @@ def _add_memory(launch: Launch, add: _Add) -> None:
     elif launch.host_layers:
         add("host_expert_layers", launch.host_layers)
     if launch.placement.ssd_share:
+        # what the GPU maps must stay in memory; the processor's experts may leave it
+        if launch.backend != "cpu" and launch.host_layers == 0:
+            add("host_experts")
         add("stream")
 
 

@@ -150,6 +150,16 @@ def test_the_words_of_a_server_command() -> None:
     assert config == '{"method": "step3p5_mtp", "num_speculative_tokens": 1}'
 
 
+def test_experts_that_stay_on_disk_are_left_to_the_processor() -> None:
+    place = Placement(ssd_share=0.5)
+    engine = load_engine("llama.cpp")
+    metal = build_command(Launch(engine, "metal", "Q4_K_S", 8192, placement=place))
+    cpu = build_command(Launch(engine, "cpu", "Q4_K_S", 8192, placement=place))
+    assert "--cpu-moe --load-mode mmap" in metal
+    assert "--cpu-moe" not in cpu
+    parse(metal, options("llama_server_flags.tsv"), 1)
+
+
 def test_llama_server_divides_its_context_among_sequences() -> None:
     shared = build_command(Launch(load_engine("llama.cpp"), "cuda", "Q4_K_S", 8192, sequences=4))
     each = build_command(Launch(load_engine("vllm"), "cuda", "BF16", 8192, sequences=4))
