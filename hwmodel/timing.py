@@ -3,8 +3,7 @@
 A part takes `base_s x exp(sum of value x effect)`. `base_s` is the part's bytes or operations over
 the datasheet's peak, divided by a prior efficiency read off published runs; the effects are
 learned by `bench calibrate` and are 0 where nothing was learned, so that an unknown device or
-engine falls back to its class and then to the prior. Effects exist for device classes, devices,
-engine families, engines, backends and quant families; never for a run, a sweep or a model.
+engine falls back to its class and then to the prior (`hwmodel.effects`).
 
 The fit evaluates the same parts (`hwmodel.fit.seconds`), so that there is one estimator.
 """
@@ -15,20 +14,12 @@ import math
 from dataclasses import dataclass, replace
 
 from hwmodel import placement as place
+from hwmodel.effects import Context, Features, age_effects, context_of
 from hwmodel.memory import kv_value_bytes, stated_scale
 from hwmodel.operations import StepCounts, draft_bytes, step_counts
 from hwmodel.placement import Machine
 from hwmodel.quant import bits_per_weight
 from hwmodel.run import RunConfig
-
-REFERENCE_MONTH = 2026 * 12 + 7  # builds are compared with August 2026
-Features = tuple[tuple[str, float], ...]
-
-# Engine families (`Engine.family`) that schedule and launch alike.
-GROUPS: dict[str, str] = {
-    "vllm": "server", "sglang": "server", "tensorrt-llm": "server", "atom": "server",
-    "hosted": "server",
-}  # fmt: skip
 
 # Share of peak bandwidth that large matrices reach, by device class (published runs, rounded).
 BANDWIDTH_PRIOR = {
@@ -40,7 +31,6 @@ OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransform
 MOE_OVERHEAD = 50e-6
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
 BATCH_COMPUTE_PRIOR = 0.20  # the same for a few rows per step
-GRAPHICS_MEMORY_BYTES_PER_S = 1.2e12
 HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
 PACK_PRIOR = 0.40  # the same for packing experts that are sent over a link
@@ -68,92 +58,6 @@ class Part:
     flop: float = 0.0
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the effects of a run are looked up by."""
-
-    device_class: str
-    device: str
-    family: str
-    group: str
-    engine: str
-    backend: str
-    quant: str
-    months: float  # age of the build in years before the reference month, 0..2
-    early: float  # 1 for a build of the month the architecture appeared, 0 four months later
-
-    def features(self, part: str, *levels: str) -> Features:
-        """The effects of a part on the levels asked for, and on all runs (`all`)."""
-        known = {
-            "class": self.device_class,
-            "device": self.device,
-            "family": self.family,
-            "engine": self.engine,
-            "backend": f"{self.family}/{self.backend}" if self.backend else "",
-            "quant": self.quant,
-            "group": self.group if self.group != self.family else "",
-            "class+group": f"{self.device_class}+{self.group}",
-            "class+quant": f"{self.device_class}+{self.quant}",
-            "group+quant": f"{self.group}+{self.quant}",
-        }
-        found = [(f"{part}/all", 1.0)]
-        found += [(f"{part}/{level}={known[level]}", 1.0) for level in levels if known[level]]
-        return tuple(found)
-
-
-def months_of(date: str) -> int | None:
-    """`2026-02-13` or `2026-02` as a number of months; `2025` is its middle; None if unreadable."""
-    digits = date.strip()
-    if len(digits) < 4 or not digits[:4].isdigit():
-        return None
-    month = digits[5:7]
-    return int(digits[:4]) * 12 + (int(month) - 1 if month.isdigit() else 6)
-
-
-def kernel_class(machine: Machine) -> str:
-    """The device class whose efficiencies apply.
-
-    A server card with graphics memory instead of HBM (L40S, L4, A10, A40) behaves like the
-    consumer card of its generation.
-    """
-    each = machine.bandwidth_bytes_per_s / max(1, machine.parallel)
-    if machine.device_class == "nvidia-datacenter" and each < GRAPHICS_MEMORY_BYTES_PER_S:
-        return "nvidia-consumer"
-    return machine.device_class
-
-
-def context_of(run: RunConfig, machine: Machine, device_class: str = "") -> Context:
-    """The levels of a run; its date decides how old the build is."""
-    month = months_of(run.engine.date)
-    family = run.engine.engine.family or "other"
-    age = 0.0 if month is None else min(24, max(0, REFERENCE_MONTH - month)) / 12
-    released = months_of(run.model.released)
-    early = 0.0
-    if month is not None and released is not None:
-        early = min(1.0, max(0.0, 1 - (month - released) / 4))
-    return Context(
-        device_class=device_class or kernel_class(machine),
-        device=machine.device_name,
-        family=family,
-        group=GROUPS.get(family, family),
-        engine=run.engine.engine.name,
-        backend=run.engine.backend,
-        quant=run.quant.family,
-        months=age,
-        early=early,
-    )
-
-
-def _age(c: Context, part: str) -> Features:
-    found = []
-    if c.months:
-        found.append((f"{part}/age={c.group}", c.months))
-    if c.early:
-        found += [(f"{part}/early={c.group}", c.early)]
-        found += [(f"{part}/early={c.device_class}+{c.group}", c.early)]
-    return tuple(found)
-
-
 def decode_parts(run: RunConfig) -> list[Part]:
     """The parts of one decode step: every sequence gains `tokens_per_step` tokens."""
     machine = place.machine(run)
@@ -175,7 +79,7 @@ def decode_parts(run: RunConfig) -> list[Part]:
         alone = place.alone(run)
         for p in prefill_parts(alone):
             parts.append(_scaled(p, share, "prefill of others", c.features("join", "family")))
-    return _with(parts, _age(c, "decode"))
+    return _with(parts, age_effects(c, "decode"))
 
 
 def _interleaves(run: RunConfig, c: Context) -> bool:
@@ -373,7 +277,7 @@ def prefill_parts(run: RunConfig) -> list[Part]:
         _scaled(p, chunks, p.name, c.features("prefill links"))
         for p in _link_parts(run, machine, c, min(chunk, prompt))
     ]
-    return _with(parts, _age(c, "prefill"))
+    return _with(parts, age_effects(c, "prefill"))
 
 
 def _compute_parts(

@@ -6,17 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from bench.calibrate import (
-    Problem,
-    baseline_tok_s,
-    by_sweep,
-    calibrate,
-    errors_of,
-    leave_out,
-    per_user,
-    samples_of,
-    worse,
-)
+from bench.calibrate import baseline_tok_s, by_sweep, calibrate, errors_of, leave_out, worse
+from bench.problem import Problem, per_user, samples_of
 from bench.resolve import resolve
 from bench.runs import RunRecord, published_runs_path, read_runs
 from hwmodel.fit import Fit, load_fit, seconds
