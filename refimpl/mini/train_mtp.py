@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .train import CLIP, HERE, Log, environment_ready, norm_of, save_atomically
+from .train import CLIP, HERE, MUON_RATE, Log, environment_ready, norm_of, save_atomically
 
 LOSS_WEIGHTS = (1.0, 0.7, 0.5)
-RATE = 1e-3
+PEAK = 0.5  # of the trunk's peak learning rates
 WARM_UP = 20  # steps
 DATA_SEED = 1000  # other windows than the trunk saw last
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     model.quantised = args.quantise
     model.copies.clear()
     model.refresh()
-    optimiser = Optimiser(tuned, 0.0, adam_only=RATE)
+    optimiser = Optimiser(tuned, MUON_RATE)
     windows = data.Windows(args.data, args.length, DATA_SEED)
     log = Log(args.checkpoints / "training_log.jsonl")
     log.write({"event": "start_mtp", "trunk_step": saved["step"], "steps": args.steps})
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         total = sum(w * x for w, x in zip(LOSS_WEIGHTS, losses, strict=True))
         total.backward()
         grads = model.gradients()
-        factor = min((step + 1) / WARM_UP, 1.0) * (1 - step / args.steps)
+        factor = PEAK * min((step + 1) / WARM_UP, 1.0) * (1 - step / args.steps)
         optimiser.step(grads, min(1.0, CLIP / (norm_of(grads) + 1e-6)), factor)
         model.refresh()
         sums = [s + x.item() for s, x in zip(sums, losses, strict=True)]
