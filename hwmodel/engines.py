@@ -4,7 +4,8 @@ One TOML file per engine in `hwmodel/engines/`, every number with a source (`hwm
 `sliding_cache` says what the engine allocates for a sliding-window layer: `window` (window +
 micro-batch rows, as llama.cpp) or `full` (every position of the context). `[efficiency.BACKEND]`
 holds, by quant family of `hwmodel.quant`, the share of the datasheet bandwidth that decoding
-reaches before per-layer overhead: what is believed before any fit. `[flags]` holds the spelling of
+reaches before per-layer overhead, as far as anybody published it; `hwmodel engines show` prints
+them for readers, while the estimator starts from `hwmodel.timing` and learns the rest from runs. `[flags]` holds the spelling of
 each setting, with `{value}` for its value (`{next}`: one more).
 """
 
@@ -105,16 +106,6 @@ class Engine:
         """Share of a device's memory that the engine takes (1 where it takes what it needs)."""
         found = self.quantities.get("memory.fraction")
         return 1.0 if found is None else found.value
-
-    @property
-    def per_layer_s(self) -> float | None:
-        """Time per layer and step that no byte or operation accounts for, None where unknown."""
-        found = self.quantities.get("overhead.per_layer_s")
-        return None if found is None else found.value
-
-    def efficiency(self, backend: str, family: str) -> Quantity | None:
-        """Prior share of the datasheet bandwidth for a quant family, None where none is stated."""
-        return self.quantities.get(f"efficiency.{backend}.{family}")
 
     def unverified(self) -> tuple[str, ...]:
         """Dotted keys of the numbers nobody has checked, sorted."""

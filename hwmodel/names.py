@@ -19,7 +19,6 @@ from typing import Literal
 from hwmodel import names_data as data
 
 Kind = Literal["model", "quant", "engine", "backend", "device", "quantity"]
-KINDS: tuple[Kind, ...] = ("model", "quant", "engine", "backend", "device", "quantity")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def test_the_published_runs_read_without_a_problem() -> None:
     records, problems = read_runs(published_runs_path())
     assert problems == []
     assert len(records) == 421
-    assert sum(r.may_fit for r in records) == 326 + 5 + 8
+    assert sum(r.may_fit_quantity("decode_tok_s") for r in records) == 326 + 5
+    assert sum(r.may_fit_quantity("prefill_tok_s") for r in records) == 326 + 8
     assert len({r.id for r in records}) == 421
     assert all(r.source_url and r.sweep for r in records)
 
