@@ -134,6 +134,11 @@ class RunRecord:
         engine = names.canonical("engine", self.engine)
         return engine.backend if engine is not None else ""
 
+    @property
+    def may_fit(self) -> bool:
+        """True where the row may enter a fit or an error statistic for some quantity."""
+        return any(self.may_fit_quantity(q) for q in ("decode_tok_s", "prefill_tok_s"))
+
     def may_fit_quantity(self, quantity: str) -> bool:
         """True where the row may enter a fit of `decode_tok_s` or `prefill_tok_s`."""
         only = {"decode_tok_s": "decode_only", "prefill_tok_s": "prefill_only"}

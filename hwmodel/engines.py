@@ -5,8 +5,8 @@ One TOML file per engine in `hwmodel/engines/`, every number with a source (`hwm
 micro-batch rows, as llama.cpp) or `full` (every position of the context). `[efficiency.BACKEND]`
 holds, by quant family of `hwmodel.quant`, the share of the datasheet bandwidth that decoding
 reaches before per-layer overhead, as far as anybody published it; `hwmodel engines show` prints
-them for readers, while the estimator starts from `hwmodel.timing` and learns the rest from runs. `[flags]` holds the spelling of
-each setting, with `{value}` for its value (`{next}`: one more).
+them for readers, while the estimator starts from `hwmodel.timing` and learns the rest from runs.
+`[flags]` holds the spelling of each setting, with `{value}` for its value (`{next}`: one more).
 """
 
 from __future__ import annotations
