@@ -39,7 +39,7 @@ from refimpl.engine.work import (
 )
 
 SIGNATURE = types.void(types.int64, types.int64)
-CLAIMS_PER_LAYER = 16
+CLAIMS_PER_LAYER = 24
 """No layer has more sets of units than this."""
 
 
@@ -52,6 +52,8 @@ def runner(simd: Simd) -> Any:
         simd  # noqa: B018  # part of the cache key
         mine = scratch_of(step, thread)
         begin(mine)
+        # Read before the last barrier: after it the record may already describe the next step.
+        head = field(step, Step.HEAD)
         if field(step, Step.EMBEDDED):
             _mtp_input(step, mine)
         for i in range(field(step, Step.LAYERS)):
@@ -62,8 +64,8 @@ def runner(simd: Simd) -> Any:
                 _moe(step, layer, mine, thread)
             else:
                 _dense(step, layer, mine)
-        if field(step, Step.HEAD):
-            _head(step, mine)
+        if head:
+            _head(step, mine, head)
 
     return run
 
@@ -259,14 +261,14 @@ def _moe(step, layer, mine, thread):
 
 
 @device(types.void)
-def _head(step, mine):
+def _head(step, mine, head):
     """Logits of the rows from HEAD_FIRST on."""
     first = field(step, Step.HEAD_FIRST)
     count, h_bytes = field(step, Step.ROWS) - first, 4 * field(step, Step.HIDDEN_SIZE)
     h = field(step, Step.H) + first * h_bytes
     scale, plan = field(step, Step.FINAL_NORM), field(step, Step.FINAL_PLAN)
     _norm_phase(step, mine, h, h_bytes, scale, plan, count)
-    matrix_phase(step, mine, field(step, Step.HEAD), field(step, Step.BLOB),
+    matrix_phase(step, mine, head, field(step, Step.BLOB),
                  field(step, Step.BLOB_BYTES), count, field(step, Step.OUT_LOGITS),
                  field(step, Step.OUT_BYTES))  # fmt: skip
     wait(step, mine)

@@ -1,15 +1,14 @@
 """What the engine's threads share: claimed units of work, barriers, calls by address.
 
-Barriers spin for a bounded time and then give the processor away, so that a partner that was
-preempted can run. Work is claimed unit by unit from an atomic counter, so that a slow thread
-holds the others up by one unit at most.
+Barriers spin for a bounded time, then give the processor away, and at last sleep in short naps, so
+that a partner that was preempted can run, even on the same core. Work is claimed unit by unit
+from an atomic counter, so that a slow thread holds the others up by one unit at most.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
@@ -19,16 +18,21 @@ from refimpl.engine.jit import intrinsic
 from refimpl.engine.vec import device, pointer
 
 _SPINS = 4000  # some ten microseconds
-_YIELD = "refimpl_engine_yield"
+_YIELDS = 100
+_NAP = 50  # microseconds (Windows: rounded up to a millisecond)
+_SYMBOL_YIELD, _SYMBOL_NAP = "refimpl_engine_yield", "refimpl_engine_nap"
 
 
 def register_symbols() -> None:
-    """Make the operating system's yield known to compiled code, before any of it is loaded."""
+    """Make the operating system's yield and sleep known to compiled code, before any is loaded."""
     if sys.platform == "win32":
-        function: Any = ctypes.windll.kernel32.SwitchToThread
+        kernel = ctypes.windll.kernel32
+        functions = {_SYMBOL_YIELD: kernel.SwitchToThread, _SYMBOL_NAP: kernel.Sleep}
     else:
-        function = ctypes.CDLL(None).sched_yield
-    binding.add_symbol(_YIELD, ctypes.cast(function, ctypes.c_void_p).value)
+        libc = ctypes.CDLL(None)
+        functions = {_SYMBOL_YIELD: libc.sched_yield, _SYMBOL_NAP: libc.usleep}
+    for name, function in functions.items():
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 register_symbols()
@@ -61,7 +65,22 @@ def yield_processor(typingctx):
 
     def emit(context, builder, signature, args):
         kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, _SYMBOL_YIELD), [])
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@intrinsic
+def nap(typingctx):
+    """Sleep for some tens of microseconds."""
+    time = 1 if sys.platform == "win32" else _NAP
+
+    def emit(context, builder, signature, args):
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(i32, [i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, _SYMBOL_NAP)
+        builder.call(function, [ir.Constant(i32, time)])
         return context.get_dummy_value()
 
     return types.void(), emit
@@ -105,5 +124,7 @@ def barrier(counter, target):
         spins += 1
         if spins < _SPINS:
             pause()
-        else:
+        elif spins < _SPINS + _YIELDS:
             yield_processor()
+        else:
+            nap()

@@ -424,7 +424,7 @@ def _reduction(integer: Any, floating: Any, doc: str) -> Any:
 
     def typed(typingctx, value):
         def emit(context, builder, signature, args):
-            combine = floating if value.is_float else integer
+            combine: Any = floating if value.is_float else integer
             vector, width = args[0], value.count
             while width > 1:
                 width //= 2
