@@ -30,6 +30,7 @@ def convert(
     file_type: str,
     mtp: bool = True,
     progress: Progress | None = None,
+    name: str | None = None,
 ) -> tuple[str, ...]:
     """Convert a checkpoint to one GGUF file, or to a Hugging Face folder.
 
@@ -38,6 +39,7 @@ def convert(
             else is a new folder ('f32', 'f16', 'bf16').
         mtp: whether the MTP layers are kept.
         progress: called with (bytes written, bytes in all).
+        name: `general.name` of a GGUF file; the source's name if not given.
 
     Returns:
         Notes for the user, one sentence each.
@@ -62,8 +64,8 @@ def convert(
             vocabulary = tokenizer.vocabulary if tokenizer else None
             if vocabulary is None:
                 notes.append(f"{src}: no tokenizer found; the file will take token ids only")
-            name = src.resolve().stem
-            write_gguf(source, out, file_type, vocabulary, mtp, name=name, progress=progress)
+            title = name or src.resolve().stem
+            write_gguf(source, out, file_type, vocabulary, mtp, name=title, progress=progress)
         else:
             config = source.config if mtp else source.config.without_mtp()
             _require_expressible(config, src)
