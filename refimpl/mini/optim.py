@@ -49,15 +49,15 @@ def adam_rate(name: str) -> float | None:
 class Optimiser:
     """Both methods at once; `state` is a flat dictionary that can be saved as it is."""
 
-    def __init__(self, params: Params, muon_rate: float, adam_only: float | None = None) -> None:
-        """`adam_only`: train everything with AdamW at this rate (the MTP phase)."""
+    def __init__(self, params: Params, muon_rate: float) -> None:
+        """`params` are updated in place; `muon_rate` is Muon's peak rate."""
         self.params, self.muon_rate = params, muon_rate
         self.steps = 0
         self.adam: dict[str, float] = {}
         self.groups: dict[tuple[int, int], list[str]] = defaultdict(list)
         self.state: Params = {}
         for name, p in params.items():
-            rate = adam_only if adam_only is not None else adam_rate(name)
+            rate = adam_rate(name)
             self.state[f"m.{name}"] = torch.zeros_like(p)
             if rate is not None:
                 self.adam[name] = rate

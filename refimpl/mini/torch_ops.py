@@ -106,9 +106,7 @@ def _full(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, s: AttentionShape) -> T
         n = end - start
         rows = qb[:, :, :, start:end].reshape(b * g, r * n, d)
         scores = torch.bmm(rows, kb[:, :end].transpose(1, 2))
-        p = MaskedSoftmax.apply(
-            scores.view(b * g, r, n, end), mask[start:end, :end], d**-0.5
-        )
+        p = MaskedSoftmax.apply(scores.view(b * g, r, n, end), mask[start:end, :end], d**-0.5)
         y = torch.bmm(p.view(b * g, r * n, end), vb[:, :end])
         parts.append(y.view(b, g, r, n, d))
     return torch.cat(parts, 3).permute(0, 3, 1, 2, 4)

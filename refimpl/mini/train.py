@@ -135,9 +135,9 @@ class Run:
 
         torch.set_num_threads(2)
         torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
-        self.args, self.settings = args, Settings(
-            args.steps, args.decay_start, args.seed, args.length, args.quantise_from or 10**9
-        )
+        self.args = args
+        never = args.quantise_from or 10**9
+        self.settings = Settings(args.steps, args.decay_start, args.seed, args.length, never)
         config = torch_model.read_config(HERE / "bf16")
         args.checkpoints.mkdir(parents=True, exist_ok=True)
         self.file = args.checkpoints / "latest.pt"
