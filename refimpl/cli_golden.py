@@ -42,7 +42,19 @@ def golden() -> None:
 @click.option("--new", type=int, default=0, metavar="N", help="Greedy tokens after the prompt.")
 @click.option("--chunk", type=int, metavar="C", help="Prefill C tokens at a time (default: all).")
 @click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+@click.option(
+    "--layers", metavar="A:B", help="Only trunk layers A to B-1; only their shards are read."
+)
+@click.option(
+    "--hidden-in",
+    metavar="FILE",
+    help="Input of layer A: .npy rows (one per token), a golden file, or the piece before.",
+)
+@click.option("--last", type=int, metavar="N", help="Keep only the last N rows of every array.")
+@click.option("--topk", type=int, metavar="K", help="Keep only the K largest logits of a row.")
+@click.pass_context
 def dump(
+    ctx: click.Context,
     model: str,
     tokens: str,
     out: str,
@@ -51,6 +63,7 @@ def dump(
     new: int,
     chunk: int | None,
     threads: int | None,
+    **piece: Any,
 ) -> None:
     """Run the model over a prompt and write everything it computes.
 
@@ -58,10 +71,22 @@ def dump(
     with --new the greedy text; for models with MTP layers also their teacher-forced outputs and
     a draft-and-verify run. The documentation of refimpl.golden.files lists the arrays.
 
+    With --layers, --last or --topk a piece is written (refimpl.golden.pieces): a checkpoint too
+    large to run is verified layer by layer, each from the file of the one before or from another
+    implementation's own activations, with only the shards of these layers on the disk.
+
     \b
-    Example:
+    Examples:
       refimpl golden dump --model Step-3.5-Flash --tokens ids.json --out mine.npz --new 16
+      refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 0:4 --out 0.npz
+      refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 4:8 \\
+        --hidden-in 0.npz --out 4.npz
     """
+    if any(value is not None for value in piece.values()):
+        if new or chunk is not None or backend != "reference":
+            raise click.UsageError("pieces take neither --new, --chunk nor --backend", ctx)
+        _dump_piece(model, tokens, out, dtype, threads, **piece)
+        return
     from refimpl.backends import open_model
     from refimpl.golden.dump import golden_arrays
     from refimpl.golden.files import config_hash, read_tokens, write_golden
@@ -80,6 +105,38 @@ def dump(
         }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
+
+
+def _dump_piece(
+    model: str,
+    tokens: str,
+    out: str,
+    dtype: str,
+    threads: int | None,
+    layers: str | None,
+    hidden_in: str | None,
+    last: int | None,
+    topk: int | None,
+) -> None:
+    import contextlib
+
+    from refimpl.backends import limited_threads, model_path
+    from refimpl.golden.files import config_hash, read_tokens, write_golden
+    from refimpl.golden.pieces import open_layers, piece_arrays, read_hidden
+    from refimpl.reference.model import ReferenceModel
+
+    ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
+    source, (first, stop) = open_layers(model_path(model), layers or ":", hidden_in is None)
+    with limited_threads(threads), contextlib.closing(source):
+        c = source.config
+        rows = None
+        if hidden_in is not None:
+            rows = read_hidden(Path(hidden_in), first, len(ids), c.hidden_size)
+        arrays = piece_arrays(ReferenceModel(source, dtype), ids, (first, stop), rows, last, topk)
+        command = f"refimpl golden dump --dtype {dtype} --layers {first}:{stop}"
+        meta = {"dtype": dtype, "config_sha256": config_hash(c), "command": command}
+    write_golden(Path(out), arrays, meta)
+    note(f"wrote {out}: layers {first} to {stop - 1}, {len(arrays['positions'])} rows")
 
 
 def _command(dtype: str, backend: str, new: int, chunk: int | None) -> str:
@@ -110,9 +167,11 @@ def compare(ctx: click.Context, a: str, b: str, tolerance: float | None, as_json
     """
     from refimpl.golden.compare import compare as run
     from refimpl.golden.files import read_golden
+    from refimpl.golden.pieces import aligned
 
     (arrays_a, meta_a), (arrays_b, meta_b) = read_golden(Path(a)), read_golden(Path(b))
-    result = run(arrays_a, arrays_b, (_dtype(meta_a), _dtype(meta_b)), tolerance)
+    arrays_a, arrays_b, first = aligned(arrays_a, arrays_b)
+    result = run(arrays_a, arrays_b, (_dtype(meta_a), _dtype(meta_b)), tolerance, first)
     click.echo(json.dumps(result.to_json()) if as_json else _table(result))
     if result.first_departure is not None:
         ctx.exit(DIFFERS)

@@ -90,12 +90,14 @@ def compare(
     b: Mapping[str, Array],
     dtypes: tuple[str | None, str | None] = (None, None),
     tolerance: float | None = None,
+    first_layer: int = 0,
 ) -> Comparison:
     """Compare the arrays that both files hold.
 
     Args:
         dtypes: precision of each run by name; None = from its logits' type.
         tolerance: overrides the table by precision.
+        first_layer: the layer that the layered arrays begin with (pieces of a model).
 
     Raises:
         InputError: nothing in common, different prompts, or shapes that do not match.
@@ -116,7 +118,7 @@ def compare(
     if tolerance is None:
         names = [d or _precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
         tolerance = max(TOLERANCE.get(n, TOLERANCE["float32"]) for n in names)
-    differences = list(_differences(a, b, common, tolerance))
+    differences = list(_differences(a, b, common, tolerance, first_layer))
     missing = {*(set(a) ^ set(b)), *(n for n in a if n in b and _another_length(n, a, b))}
     return Comparison(differences, tolerance, sorted(missing))
 
@@ -133,7 +135,8 @@ def _precision(arrays: Mapping[str, Array]) -> str:
 
 def _order(arrays: Mapping[str, Array]) -> list[str]:
     """Array names in the order in which a model computes them; indices have no magnitude."""
-    rest = ["final", "logits", "greedy", "greedy_logits"]
+    topk = ["topk_ids", "topk_logits", "log_normaliser"]
+    rest = ["final", "logits", *topk, "greedy", "greedy_logits"]
     known = [*_LAYERED, "route_idx", "route_w", *rest]
     mtp = sorted((n for n in arrays if n.startswith("mtp_")), key=lambda n: (n[-1], n))
     later = sorted(n for n in arrays if n.startswith(("draft_", "spec_")))
@@ -141,13 +144,19 @@ def _order(arrays: Mapping[str, Array]) -> list[str]:
 
 
 def _differences(
-    a: Mapping[str, Array], b: Mapping[str, Array], common: list[str], tolerance: float
+    a: Mapping[str, Array],
+    b: Mapping[str, Array],
+    common: list[str],
+    tolerance: float,
+    first_layer: int,
 ) -> Iterator[Difference]:
     layered = [n for n in common if n in (*_LAYERED, "route_idx", "route_w")]
     if "hidden" in common:
-        yield _difference("hidden", -1, a["hidden"][0], b["hidden"][0], tolerance)
+        before = first_layer - 1
+        yield _difference("hidden", before, a["hidden"][0], b["hidden"][0], tolerance)
     moe = [int(i) for i in a.get("moe_layers", np.zeros(0))]
-    for layer in range(_layer_count(a, layered)):
+    for at in range(_layer_count(a, layered, first_layer)):
+        layer = first_layer + at
         for name in ("attn_out", "route_idx", "route_w", "ffn_out", "hidden"):
             if name not in layered:
                 continue
@@ -157,7 +166,7 @@ def _differences(
                     found = _difference(name, layer, a[name][i], b[name][i], tolerance)
                     yield _with_margin(found, a, i) if name == "route_idx" else found
                 continue
-            i = layer + 1 if name == "hidden" else layer
+            i = at + 1 if name == "hidden" else at
             yield _difference(name, layer, a[name][i], b[name][i], tolerance)
     for name in common:
         if name not in layered:
@@ -171,11 +180,11 @@ def _with_margin(found: Difference, a: Mapping[str, Array], moe_layer: int) -> D
     return replace(found, margin=float(a["route_margin"][moe_layer, row]))
 
 
-def _layer_count(arrays: Mapping[str, Array], layered: list[str]) -> int:
+def _layer_count(arrays: Mapping[str, Array], layered: list[str], first_layer: int) -> int:
     counts = {"hidden": -1, "attn_out": 0, "ffn_out": 0}
     found = [len(arrays[n]) + extra for n, extra in counts.items() if n in layered]
     if "moe_layers" in arrays and len(arrays["moe_layers"]):
-        found.append(int(arrays["moe_layers"].max()) + 1)
+        found.append(int(arrays["moe_layers"].max()) + 1 - first_layer)
     return max(found, default=0)
 
 
@@ -192,7 +201,7 @@ def _difference(name: str, layer: int | None, a: Array, b: Array, tolerance: flo
     wrong = ~(delta <= tolerance * scale)  # a NaN is an offence
     square = float(np.mean(x**2)) if x.size else 0.0
     rms = float(np.sqrt(np.mean(delta**2))) if x.size else 0.0
-    logits = "logits" in name and x.ndim == 2 and x.size
+    logits = "logits" in name and "topk" not in name and x.ndim == 2 and x.size
     return Difference(
         name,
         layer,

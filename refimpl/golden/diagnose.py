@@ -34,6 +34,9 @@ Progress = Callable[[int, int], None]
 # Largest row distance that rounding explains, by the candidate's precision.
 NOISE = {"float64": 5e-5, "float32": 5e-5, "float16": 2e-2, "bf16": 5e-2}
 
+# Row distance that is no effect but the reference's own rounding, by its arithmetic.
+_RESOLUTION = {"float64": 1e-12, "float32": 1e-6}
+
 _FLOOR = 1e-9
 _EXPLAINED = 0.5  # of the base distance is left
 _NEUTRAL = 0.3  # an effect below this share of the base distance is lost in it
@@ -143,6 +146,7 @@ class _Base:
         self, source: WeightSource, candidate: Candidate, dtype: str, noise: float
     ) -> None:
         self.noise = noise
+        self.resolution = _RESOLUTION[dtype]
         self.layered = all(t.hidden is not None for t in candidate.sequences)
         self.shown: list[dict[Place, _Shown]] = []
         self.margins: list[dict[int, Array]] = []
@@ -229,7 +233,7 @@ class _Trial:
         values = shown.seen.pick(rows).astype(np.float64)
         effect = row_distances(values, shown.normative, shown.scale)
         before = shown.distance
-        changed = effect > 0
+        changed = effect > self._base.resolution
         if not changed.any():
             self._logs.append(np.zeros(len(before)))
             return

@@ -43,7 +43,8 @@ def _layer_by_layer(
     positions = np.arange(len(ids))
     yield ("hidden", -1), w.embedding(ids)
     for spec in w.layers[: model.config.num_hidden_layers]:
-        yield ("hidden", spec.index), run_layer(model, spec.index, text.hidden, positions, trace)
+        rows = text.hidden[spec.index]
+        yield ("hidden", spec.index), run_layer(model, spec.index, rows, positions, trace)
     last = text.hidden[-1].astype(w.numerics.dtype)
     if ("logits", None) in wanted:
         yield ("logits", None), model.head(last)
@@ -51,15 +52,15 @@ def _layer_by_layer(
 
 
 def run_layer(
-    model: ReferenceModel, layer: int, hidden: Array, positions: Array, trace: Trace | None = None
+    model: ReferenceModel, layer: int, rows: Array, positions: Array, trace: Trace | None = None
 ) -> Array:
-    """One trunk layer over a whole prompt: its input is `hidden[layer]` of (L+1, T, H)."""
+    """One trunk layer over a whole prompt: residual stream (T, H), positions (T,) -> (T, H)."""
     w = model.weights
     spec = w.layers[layer]
     kv = GrowingCache(spec.num_attention_groups, spec.head_dim, w.numerics.dtype, len(positions))
     w.trace = trace
     try:
-        return decoder_layer(w, spec, hidden[layer].astype(w.numerics.dtype), positions, kv)
+        return decoder_layer(w, spec, rows.astype(w.numerics.dtype), positions, kv)
     finally:
         w.trace = None
 

@@ -118,7 +118,7 @@ def test_a_mistake_nobody_knows_is_placed_where_it_is(
     hidden = arrays["hidden"].copy()
     hidden[6] = hidden[5] + 1.1 * (hidden[6] - hidden[5])
     for layer in range(6, 9):
-        hidden[layer + 1] = run_layer(model, layer, hidden, np.arange(T))
+        hidden[layer + 1] = run_layer(model, layer, hidden[layer], np.arange(T))
     found = ask(source, {"prompt": arrays["prompt"], "hidden": hidden})
     assert found.verdict == "unexplained"
     assert "departs at layer 5 in a way no known mistake explains" in found.sentence
