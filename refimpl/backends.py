@@ -17,7 +17,7 @@ from refimpl.text.tokenizer import Tokenizer, tokenizer_of
 EMBEDDED = "mini"
 EMBEDDED_FILE = "step-mini-q4_0.gguf"
 DTYPES = ("float32", "float64", "bf16")
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "engine")
 """Backends of this build; the first is the default."""
 
 
@@ -65,19 +65,32 @@ def open_backend(
 
     Args:
         name: one of `BACKENDS`.
-        dtype: one of `DTYPES`: the arithmetic of the reference.
+        dtype: one of `DTYPES`: the arithmetic of the reference; the engine knows float32 only.
         threads: threads of an engine; those of the reference are `limited_threads`.
 
     Raises:
-        InputError: this build has no such backend.
+        InputError: this build has no such backend, or the engine cannot run the checkpoint.
     """
     if name not in BACKENDS:
         raise InputError(
             f"this build has no backend '{name}'; use --backend {' or '.join(BACKENDS)}"
         )
+    if name == "engine":
+        return _open_engine(source, dtype, threads)
     from refimpl.reference.model import ReferenceModel
 
     return ReferenceModel(source, dtype)
+
+
+def _open_engine(source: WeightSource, dtype: str, threads: int | None) -> Backend:
+    from refimpl.checkpoint.stored import StoredSource
+    from refimpl.engine.model import EngineModel
+
+    if dtype != "float32":
+        raise InputError(f"--dtype {dtype} belongs to the reference; the engine has float32 only")
+    if not isinstance(source, StoredSource):
+        raise InputError("the engine runs checkpoint files only; use --backend reference")
+    return EngineModel(source, threads)
 
 
 @contextlib.contextmanager

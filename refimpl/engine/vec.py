@@ -30,7 +30,7 @@ _LLVM = {
     "f16": ir.HalfType(),
     "f32": ir.FloatType(),
 }
-_SCALAR = {
+_SCALAR: dict[str, Any] = {
     "i8": types.int8,
     "i16": types.int16,
     "i32": types.int32,
