@@ -90,8 +90,22 @@ class EngineModel:
         )
         return EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
 
-    def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
-        """Append a chunk of T prompt tokens; logits (1, V), or (T, V) with `all_logits`."""
+    def prefill(
+        self,
+        tokens: Tokens,
+        cache: Cache,
+        all_logits: bool = False,
+        trace: object | None = None,
+    ) -> Step:
+        """Append a chunk of T prompt tokens; logits (1, V), or (T, V) with `all_logits`.
+
+        Raises:
+            InputError: bad tokens or lengths, or a trace: the engine keeps no activations.
+        """
+        if trace is not None:
+            raise InputError(
+                "the engine does not record activations; use --backend reference for that"
+            )
         ids, own = self._checked(tokens, cache)
         logits, hidden = [], []
         for at in range(0, len(ids), self._micro_batch):
