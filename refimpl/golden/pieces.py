@@ -207,7 +207,7 @@ def aligned(
     if first >= stop:
         raise InputError(f"the files hold layers {ranges[0]} and {ranges[1]}: none in common")
     rows = [x["positions"] if "positions" in x else np.arange(_row_count(x)) for x in files]
-    common = np.intersect1d(*rows)
+    common = np.intersect1d(rows[0], rows[1])
     if not len(common):
         raise InputError("the files hold different rows of the prompt; none is in both")
     cut = [
