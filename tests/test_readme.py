@@ -74,9 +74,7 @@ def test_python_block(block: str, workplace: Path) -> None:
 @pytest.mark.parametrize("block", INSTALL, ids=["use", "test"])
 def test_install_block(block: str, tmp_path: Path) -> None:
     copy = tmp_path / "checkout"
-    skip = shutil.ignore_patterns(
-        ".git", ".venv", "checkpoints", "*.egg-info", "__pycache__", "build"
-    )
+    skip = shutil.ignore_patterns(".*", "checkpoints", "*.egg-info", "__pycache__", "build")
     shutil.copytree(ROOT, copy, ignore=skip)
     printed = shell(
         block,
