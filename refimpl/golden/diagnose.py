@@ -53,7 +53,7 @@ class Explanation:
     Attributes:
         rows: rows that it explains, of `testable` rows where its effect would show.
         left: median distance that remains on those rows; `base` the distance without it.
-        first_layer: where the variant changes the model first on this text; None after the trunk.
+        place: where the variant changes the model first on this text.
         score: mean log of remaining over original distance, over all rows; lower is better.
     """
 
