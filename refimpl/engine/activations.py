@@ -24,6 +24,7 @@ from numba import types
 
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import cfunc, njit
+from refimpl.engine.lanes import shuffler
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -42,7 +43,6 @@ from refimpl.engine.vec import (
     load_i64,
     reduce_add,
     reduce_max,
-    shuffler,
     splat,
     store,
     store_f32,

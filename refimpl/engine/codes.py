@@ -14,15 +14,14 @@ import numpy as np
 
 from refimpl.engine.formats import IQ4_VALUES
 from refimpl.engine.jit import njit, overload
+from refimpl.engine.lanes import bit_bytes, literal, shift_right_by, table_lookup
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
     I8x16,
     I16x16,
     I32x16,
-    bit_bytes,
     convert,
-    literal,
     load,
     load_f16,
     load_i8,
@@ -32,9 +31,7 @@ from refimpl.engine.vec import (
     reinterpret,
     shift_left,
     shift_right,
-    shift_right_by,
     splat,
-    table_lookup,
     widen,
 )
 from refimpl.engine.x86 import lookup16

@@ -24,6 +24,7 @@ from numba import types
 from refimpl.engine.codes import codes32, floats32
 from refimpl.engine.formats import FORMATS, Format
 from refimpl.engine.jit import cfunc
+from refimpl.engine.lanes import join_f32x4, join_i8x16
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -33,8 +34,6 @@ from refimpl.engine.vec import (
     I32x8,
     convert,
     fma,
-    join_f32x4,
-    join_i8x16,
     load,
     load_f32,
     prefetch,

@@ -20,6 +20,16 @@ from numba import types
 
 from refimpl.engine.formats import IQ4_VALUES, Format
 from refimpl.engine.jit import cfunc, njit, overload
+from refimpl.engine.kernels import OPTIONS, PREFETCH_BYTES, SIGNATURE
+from refimpl.engine.lanes import (
+    bit_bytes,
+    bytes16,
+    join_i8x16,
+    join_i8x32,
+    literal,
+    repeated_halves,
+    where_bits,
+)
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x16,
@@ -27,13 +37,8 @@ from refimpl.engine.vec import (
     I8x32,
     I8x64,
     I32x16,
-    bit_bytes,
-    bytes16,
     convert,
     fma,
-    join_i8x16,
-    join_i8x32,
-    literal,
     load,
     load_f16,
     load_u8,
@@ -41,14 +46,12 @@ from refimpl.engine.vec import (
     load_u32,
     prefetch,
     reduce_add,
-    repeated_halves,
     shift_left,
     shift_right,
     splat,
     stack,
     store_f32,
     store_i8,
-    where_bits,
     widen,
     zeros,
 )
@@ -61,9 +64,6 @@ from refimpl.engine.x86 import (
     lookup64,
 )
 
-_SIGNATURE = types.void(*[types.int64] * 12)
-_OPTIONS = {"cache": True, "error_model": "numpy"}
-_AHEAD = 4096
 _INLINE = {"forceinline": True}
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
@@ -172,7 +172,7 @@ def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     block_bytes = fmt.block_bytes
     has_minimum = fmt.kind512 == "quads_min"
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def quads_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
         tail = stack(128)
@@ -182,7 +182,7 @@ def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
             at = w + r * row_bytes
             a0 = a1 = a2 = a3 = zeros(F32x16)
             for i in range(steps):
-                prefetch(at + _AHEAD)
+                prefetch(at + PREFETCH_BYTES)
                 if i == whole:
                     at = _copied(tail, at, rest * block_bytes, step)
                 low, high, d, minima = quads(fmt, at)
@@ -217,7 +217,7 @@ def _add_pair(codes, d, x, acc):
 def _pairs_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     """Q8_0; signed codes become unsigned by flipping their highest bit, which adds 128."""
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def pairs_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd, fmt  # noqa: B018  # part of the cache key
         tail = stack(128)
@@ -226,7 +226,7 @@ def _pairs_kernel(simd: Simd, fmt: Format, count: int) -> Any:
             at = w + r * row_bytes
             a0 = a1 = a2 = a3 = zeros(F32x16)
             for i in range(whole + rest):
-                prefetch(at + _AHEAD)
+                prefetch(at + PREFETCH_BYTES)
                 if i == whole:
                     at = _copied(tail, at, 34, 68)
                 both = join_i8x32(load(I8x32, at + 2), load(I8x32, at + 36))
@@ -394,7 +394,7 @@ def _super_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     """Q4_K, Q5_K, Q6_K, IQ4_XS."""
     step = fmt.block_bytes
 
-    @cfunc(_SIGNATURE, **_OPTIONS)
+    @cfunc(SIGNATURE, **OPTIONS)
     def super_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
         blocks = columns // 256
@@ -403,7 +403,7 @@ def _super_kernel(simd: Simd, fmt: Format, count: int) -> Any:
             a0 = a1 = a2 = a3 = zeros(F32x16)
             for i in range(blocks):
                 for line in range(0, step, 64):
-                    prefetch(at + _AHEAD + line)
+                    prefetch(at + PREFETCH_BYTES + line)
                 c0, c1, c2, c3, scales = super_codes(fmt, at)
                 at += step
                 x = i * 384
