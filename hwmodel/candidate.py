@@ -12,7 +12,7 @@ from hwmodel.memory import Ledger, ledger
 from hwmodel.model import ModelShape
 from hwmodel.predict import predict
 from hwmodel.quality import QualityCost, quality_cost
-from hwmodel.quant import load_quant, role_bytes, weight_bytes
+from hwmodel.quant import Quant, role_bytes, weight_bytes
 from hwmodel.run import Estimate, RunConfig
 
 # Increase of perplexity up to which a type belongs to a tier; 0 and 1 are good enough to stop at.
@@ -56,7 +56,7 @@ class Candidate:
     @cached_property
     def quality(self) -> QualityCost:
         """What the quant type costs."""
-        return quality_of(self.run.model, self.run.quant.name)
+        return quality_of(self.run.model, self.run.quant)
 
     @property
     def tier(self) -> int:
@@ -149,10 +149,10 @@ def _deal(weights: list[float], room: float) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def quality_of(model: ModelShape, quant: str) -> QualityCost:
-    """What a quant type costs on this model, from its bits per weight."""
-    kind = load_quant(quant)
-    return quality_cost(quant, 8 * weight_bytes(model, kind) / model.parameters)
+def quality_of(model: ModelShape, quant: Quant) -> QualityCost:
+    """What a quant type or a file costs on this model, from its bits per weight."""
+    name = quant.default if quant.file else quant.name
+    return quality_cost(name, 8 * weight_bytes(model, quant) / model.parameters)
 
 
 def tier_of(quality: QualityCost) -> int:

@@ -46,7 +46,11 @@ def main() -> None:
     help="At least X tokens/s for each sequence when its context is full.",
 )
 @click.option("--max-price", type=float, metavar="USD", help="All devices together cost no more.")
-@click.option("--quant", metavar="TYPE", help="Only this type, such as Q4_K_S, FP8 or BF16.")
+@click.option(
+    "--quant",
+    metavar="TYPE|FILE",
+    help="Only this type, such as Q4_K_S, FP8 or BF16, or the sizes of a GGUF file or folder.",
+)
 @click.option("--engine", metavar="NAME", help="Only this engine: llama.cpp, mlx, sglang, vllm.")
 @click.option(
     "--count", type=int, metavar="N", help="N devices. [default: as few as serve, 1 to 8]"

@@ -12,7 +12,7 @@ from hwmodel.cli_support import print_json, table
 @click.command()
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
 @click.option("--context", default="32768", metavar="N", show_default=True, help="Tokens to hold.")
-@click.option("--quant", metavar="TYPE", help="Only this type, such as Q4_K_S.")
+@click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--count", type=int, metavar="N", help="N of each device.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -89,7 +89,11 @@ def _numbers(text: str, option: str) -> list[int]:
     help="May be given several times.",
 )
 @click.option(
-    "--quant", "quants", multiple=True, metavar="TYPE", help="May be given several times."
+    "--quant",
+    "quants",
+    multiple=True,
+    metavar="TYPE|FILE",
+    help="A type or a checkpoint's sizes; may be given several times.",
 )
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--count", type=int, metavar="N", help="N of each device.")
@@ -163,7 +167,7 @@ def _cell(value: Any) -> str:
     show_default=True,
     help="Tokens in the cache (decode, memory) or in the prompt (prefill, ttft).",
 )
-@click.option("--quant", metavar="TYPE", help="Only this type.")
+@click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--count", type=int, metavar="N", help="N devices.")
 @click.option("--ram", type=float, metavar="GB", help="Let experts live in host memory.")

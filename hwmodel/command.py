@@ -31,6 +31,7 @@ class Launch:
             all of them).
         hosts: machines; more than one only where devices are alone in theirs.
         layer_shares: layers on each device where a layer split must not be even.
+        file: the checkpoint to load, where it is given.
     """
 
     engine: Engine
@@ -46,10 +47,13 @@ class Launch:
     host_layers: int | None = 0
     hosts: int = 1
     layer_shares: tuple[int, ...] = ()
+    file: str = ""
 
 
-def weights_name(engine: Engine, quant: str) -> str:
+def weights_name(engine: Engine, quant: str, file: str = "") -> str:
     """What stands after the model flag: a repository, or the name of a local file."""
+    if file:
+        return file
     if "safetensors" in engine.formats and quant in engine.repositories:
         return engine.repositories[quant]
     if quant in engine.files:
@@ -69,7 +73,7 @@ def build_command(launch: Launch) -> str:
             following = value + 1 if isinstance(value, int) else ""
             words.append(spelling.format(value=value, next=following))
 
-    add("model", shlex.quote(weights_name(engine, launch.quant)))
+    add("model", shlex.quote(weights_name(engine, launch.quant, launch.file)))
     # llama.cpp divides its context among the sequences, the servers give it to each
     shared = "gguf" in engine.formats
     add("context", launch.context * (launch.sequences if shared else 1))

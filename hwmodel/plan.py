@@ -144,6 +144,7 @@ def command_of(candidate: Candidate, drafts: int = 0) -> str:
         engine=candidate.engine,
         backend=candidate.backend,
         quant=candidate.run.quant.name,
+        file=candidate.run.quant.file,
         context=candidate.context,
         count=candidate.count,
         placement=candidate.run.placement,
@@ -226,9 +227,9 @@ def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, st
             if request.split not in (None, split):
                 continue
             for quant in [request.quant] if request.quant else engine.published:
-                if quant not in engine.quants:
+                if not request.can_load(engine, quant):
                     continue
-                why = why_illegal(request.model, quant, split, count)
+                why = why_illegal(request.model, request.kind(quant), split, count)
                 illegal = why or illegal
                 if why is None:
                     found.append(make_candidate(request, engine, split, count, quant))

@@ -196,9 +196,11 @@ def split_text(candidate: Candidate) -> str:
 
 
 def _files(plan: Plan) -> str:
-    engine, quant = plan.chosen.engine, plan.chosen.run.quant.name
-    name, repository = weights_name(engine, quant), engine.repositories.get(quant)
-    if repository == name:
+    engine, quant, file = plan.chosen.engine, plan.chosen.run.quant.name, plan.chosen.run.quant.file
+    name, repository = weights_name(engine, quant, file), engine.repositories.get(quant)
+    if file:
+        text = f"{file}, as given; sizes read from it"
+    elif repository == name:
         text = f"https://huggingface.co/{repository}"
     elif repository:
         text = f"{name} from https://huggingface.co/{repository}"

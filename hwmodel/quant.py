@@ -109,6 +109,11 @@ class Quant:
         return FAMILIES[self.default]
 
     @property
+    def file(self) -> str:
+        """The checkpoint whose sizes these are, empty for a named type."""
+        return self.name if self.rule == "file" else ""
+
+    @property
     def compute_type(self) -> str:
         """Key of `Device.flop_per_s` that a matrix product of this type can use at best."""
         return {"FP8": "fp8", "FP8_BLOCK": "fp8"}.get(self.default, "fp16")

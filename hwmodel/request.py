@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine, engine_names, load_engine
 from hwmodel.errors import RequestError, UnknownNameError
 from hwmodel.model import ModelShape
-from hwmodel.quant import QUANTS
+from hwmodel.quant import QUANTS, Quant, load_quant
 from hwmodel.quantity import Quantity
 from hwmodel.run import Split
 
@@ -42,6 +43,7 @@ class PlanRequest:
     Attributes:
         context: tokens of each sequence that the cache must hold.
         quant, engine, count, split: None where the search is free.
+        weights: the checkpoint that `quant` names, where it is a file.
         ram_bytes: host memory that experts may use, None where offloading is not wanted.
         host: whose memory that is; its bandwidth decides the speed.
         acceptance: chance that each draft is accepted, from a statistics file.
@@ -54,6 +56,7 @@ class PlanRequest:
     context: int = DEFAULT_CONTEXT
     concurrency: int = 1
     quant: str | None = None
+    weights: Quant | None = None
     engine: Engine | None = None
     count: int | None = None
     split: Split | None = None
@@ -71,6 +74,18 @@ class PlanRequest:
             return (self.engine,)
         found = (load_engine(n) for n in engine_names(for_plan=True))
         return tuple(e for e in found if backend_of(e, self.device))
+
+    def kind(self, quant: str) -> Quant:
+        """The quant type of that name, or the sizes read from the file of that name."""
+        if self.weights is not None and quant == self.weights.name:
+            return self.weights
+        return load_quant(quant)
+
+    def can_load(self, engine: Engine, quant: str) -> bool:
+        """Whether an engine can load a quant type, or the file that stands for one."""
+        if self.weights is not None and quant == self.weights.name:
+            return _reads(engine, self.weights)
+        return quant in engine.quants
 
 
 def backend_of(engine: Engine, device: Device) -> str:
@@ -102,7 +117,8 @@ def make_request(
     """
     found = load_device(device)
     chosen = _engine(engine, found)
-    kind = _quant(quant, chosen)
+    weights = _weights(quant, model, chosen, found)
+    kind = _quant(quant, chosen) if weights is None else weights.name
     _in_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
     _in_range("--count", count, 1, MAX_ASKED_COUNT)
     _in_range("--ram", ram_gb, 0, 1e5, "GB")
@@ -128,6 +144,7 @@ def make_request(
         context=parse_context(context, model),
         concurrency=concurrency,
         quant=kind,
+        weights=weights,
         engine=chosen,
         count=count,
         split=split,
@@ -164,6 +181,41 @@ def _engine(text: str | None, device: Device) -> Engine | None:
             f"engines for it: {fitting}"
         )
     return engine
+
+
+def _weights(
+    text: str | None, model: ModelShape, engine: Engine | None, device: Device
+) -> Quant | None:
+    """Sizes read from a checkpoint where `--quant` is a path: it exists or looks like one."""
+    if text is None or names.canonical("quant", text) is not None:
+        return None
+    path = Path(text)
+    looks = text.endswith(".gguf") or "/" in text or os.sep in text or path.is_dir()
+    try:
+        if not looks and not path.is_file():
+            return None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--quant {text[:60]!r} is no path: {error}") from error
+    from hwmodel.weights_file import read_weights
+
+    _, found = read_weights(path, model)
+    able = [engine] if engine is not None else [load_engine(n) for n in engine_names(for_plan=True)]
+    if not any(_reads(e, found) and backend_of(e, device) for e in able):
+        who = engine.title if engine is not None else f"no engine on {device.name}"
+        form = "a GGUF file" if is_gguf(found) else "a Hugging Face folder"
+        raise RequestError(
+            f"--quant {text}: {who} {'cannot' if engine is not None else 'can'} load {form}"
+        )
+    return found
+
+
+def is_gguf(file: Quant) -> bool:
+    """Whether sizes read from a checkpoint are those of a GGUF file, not of a folder."""
+    return not Path(file.name).is_dir()
+
+
+def _reads(engine: Engine, file: Quant) -> bool:
+    return ("gguf" if is_gguf(file) else "safetensors") in engine.formats
 
 
 def _quant(text: str | None, engine: Engine | None) -> str | None:

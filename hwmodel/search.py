@@ -22,7 +22,7 @@ from hwmodel.fit import load_fit
 from hwmodel.model import ModelShape
 from hwmodel.placement import legal_counts, refusal
 from hwmodel.predict import config_columns
-from hwmodel.quant import load_quant, role_bytes
+from hwmodel.quant import Quant, load_quant, role_bytes
 from hwmodel.request import DEFAULT_HOST, MAX_COUNT, SYSTEM_BYTES, PlanRequest, backend_of
 from hwmodel.run import (
     DeviceCount,
@@ -47,9 +47,9 @@ def splits_of(engine: Engine, device: Device, count: int) -> tuple[Split, ...]:
     return tuple(s for s in wanted if s in engine.splits)
 
 
-def why_illegal(model: ModelShape, quant: str, split: Split, count: int) -> str | None:
+def why_illegal(model: ModelShape, quant: str | Quant, split: Split, count: int) -> str | None:
     """Why a split cannot run; expert parallel still divides the attention heads by all devices."""
-    kind = load_quant(quant)
+    kind = load_quant(quant) if isinstance(quant, str) else quant
     found = refusal(model, kind, split, count)
     if found is None and split == "expert" and count > 1:
         return refusal(model, load_quant("BF16"), "tensor", count)
@@ -72,12 +72,12 @@ def check_split(request: PlanRequest) -> None:
         names = ", ".join(e.name for e in request.engines)
         raise RequestError(f"--split {split} is not what {names} can do here; legal: {ways}")
     quants = (request.quant,) if request.quant else tuple(q for e in able for q in e.published)
-    problems = [why_illegal(request.model, q, split, count) for q in quants if q]
+    problems = [why_illegal(request.model, request.kind(q), split, count) for q in quants if q]
     if problems and all(problems):
-        kind = request.quant or quants[0]
+        kind = request.kind(request.quant or quants[0])
         legal = [
             n
-            for n in legal_counts(request.model, load_quant(kind), split, MAX_COUNT)
+            for n in legal_counts(request.model, kind, split, MAX_COUNT)
             if why_illegal(request.model, kind, split, n) is None
         ]
         others = [
@@ -85,7 +85,7 @@ def check_split(request: PlanRequest) -> None:
             for e in request.engines
             for s in splits_of(e, request.device, count)
             if s != split
-            and (request.quant is None or kind in e.quants)
+            and (request.quant is None or request.can_load(e, request.quant))
             and why_illegal(request.model, kind, s, count) is None
         ]
         hint = (
@@ -115,13 +115,14 @@ def _of_split(
     request: PlanRequest, engine: Engine, split: Split, count: int
 ) -> Iterator[Candidate]:
     quants = [request.quant] if request.quant else list(engine.published)
-    usable = [q for q in quants if q in engine.quants]
-    usable.sort(key=lambda q: quality_of(request.model, q).perplexity_increase or 0.0)
+    usable = [q for q in quants if request.can_load(engine, q)]
+    usable.sort(key=lambda q: quality_of(request.model, request.kind(q)).perplexity_increase or 0.0)
     best_tier: int | None = None
     for quant in usable:
-        if why_illegal(request.model, quant, split, count) is not None:
+        kind = request.kind(quant)
+        if why_illegal(request.model, kind, split, count) is not None:
             continue
-        tier = tier_of(quality_of(request.model, quant))
+        tier = tier_of(quality_of(request.model, kind))
         if best_tier is not None and tier > best_tier:
             return
         found = _place(request, engine, split, count, quant)
@@ -169,7 +170,7 @@ def make_candidate(
         )
     run = RunConfig(
         model=request.model,
-        quant=load_quant(quant),
+        quant=request.kind(quant),
         devices=(DeviceCount(request.device, count),),
         engine=EngineChoice(engine, backend, engine.version, engine.date),
         placement=placement,

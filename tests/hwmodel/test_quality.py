@@ -5,6 +5,7 @@ import pytest
 from hwmodel.candidate import quality_of
 from hwmodel.model import step_shape
 from hwmodel.quality import quality_cost
+from hwmodel.quant import load_quant
 
 
 def test_measured_mixtures_are_returned_as_measured() -> None:
@@ -27,6 +28,6 @@ def test_what_nobody_measured_is_said() -> None:
 
 
 def test_the_vendors_type_costs_about_five_percent() -> None:
-    cost = quality_of(step_shape(), "Q4_K_S")
+    cost = quality_of(step_shape(), load_quant("Q4_K_S"))
     assert 0.04 < (cost.perplexity_increase or 0) < 0.06
     assert cost.text().startswith("perplexity about +4.9 %")
