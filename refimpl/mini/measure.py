@@ -29,6 +29,8 @@ from refimpl.mini.evaluate import windows
 
 NEW_TOKENS = prompts.NEW_TOKENS
 DEPTHS = (0, 1, 2, 3)
+TEMPERATURE = 1.0  # sampled text does not fall into loops, in which drafts are too easy
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,18 @@ def held_out(model: Backend, limit: int | None = None) -> dict[str, float | int]
     return result
 
 
-def continuations(model: Backend, encode: Any, decoder: Any, depth: int) -> list[Continuation]:
-    """The twenty prompts, greedily, with `depth` drafts a step; stops at the end of text."""
-    options = GenerateOptions(
-        max_new_tokens=NEW_TOKENS, sampling=SamplingParams(temperature=0.0), mtp=depth
-    )
+def continuations(
+    model: Backend, encode: Any, decoder: Any, depth: int, temperature: float = 0.0
+) -> list[Continuation]:
+    """The twenty prompts with `depth` drafts a step, greedily or sampled; stops at the end of
+    text."""
+    sampling = SamplingParams(temperature=temperature, seed=SEED if temperature else None)
+    options = GenerateOptions(max_new_tokens=NEW_TOKENS, sampling=sampling, mtp=depth)
     out = []
     for prompt in prompts.load():
         run = generate(model, encode(prompt.text), options, new_decoder=decoder)
         out.append(Continuation(prompt, run))
-    print(f"prompts: done with {depth} drafts", file=sys.stderr)
+    print(f"prompts: done with {depth} drafts, temperature {temperature:g}", file=sys.stderr)
     return out
 
 
@@ -109,6 +113,7 @@ def measure(path: Path, ngram_folder: Path | None, limit: int | None) -> dict[st
     runs = {
         depth: continuations(model, tokenizer.encode, tokenizer.stream, depth) for depth in DEPTHS
     }
+    sampled = continuations(model, tokenizer.encode, tokenizer.stream, DEPTHS[-1], TEMPERATURE)
     plain = runs[0]
     verdicts = [prompts.judge(c.prompt.text, c.run.text or "") for c in plain]
     figures: dict[str, Any] = {
@@ -128,6 +133,9 @@ def measure(path: Path, ngram_folder: Path | None, limit: int | None) -> dict[st
             for c, p in zip(others, plain, strict=True)
         ),
         "acceptance": {str(depth): acceptance(runs[depth]) for depth in DEPTHS if depth},
+        "acceptance_sampled": {
+            "temperature": TEMPERATURE, "depth": DEPTHS[-1], **acceptance(sampled)
+        },
         "held_out": held_out(model, limit),
     }  # fmt: skip
     if ngram_folder is not None:
