@@ -23,6 +23,7 @@ from typing import Any
 from bench.calibrate import baseline_tok_s, errors_of
 from bench.resolve import resolve
 from bench.runs import RunRecord
+from hwmodel import names
 from hwmodel.fit import Fit, FittedRun, load_fit
 from hwmodel.predict import config_columns, physical_limit, predict
 from hwmodel.run import Estimate, Quantity, RunConfig
@@ -68,10 +69,10 @@ def compare_one(
         "reason": "",
         "judged": record.may_fit_quantity(quantity),
         "beyond_limit": False,
-        "device": record.device,
-        "engine": record.engine,
-        "model": record.model,
-        "quant": record.quant,
+        "device": _known("device", record.device),
+        "engine": _known("engine", record.engine),
+        "model": _known("model", record.model),
+        "quant": _known("quant", record.quant),
         "depth": record.context_depth,
         "sweep": record.sweep,
         "baseline": None,
@@ -85,6 +86,12 @@ def compare_one(
     if estimate.value is None:
         return {**row, "reason": estimate.reason}
     return {**row, **_figures(record, quantity, run, estimate, own)}
+
+
+def _known(kind: names.Kind, text: str) -> str:
+    """The canonical name, so that declined rows are counted with their kind; else the text."""
+    found = names.canonical(kind, text)
+    return text if found is None else found.id
 
 
 def _figures(

@@ -112,11 +112,13 @@ class RunRecord:
 
     @property
     def drafts(self) -> int | None:
-        """Draft tokens per step: 0 for none, None where only "some" is known."""
+        """Draft tokens per step (`2`, `MTP-2`, `EAGLE 3`, `n=1`): 0 for none, None where only
+        "some" is known (`yes`, `1+`, `>=3`)."""
         text = self.mtp.strip().lower()
-        if text in ("", "none", "0", "off", "no", "false"):
+        if text in ("", "-", "none", "0", "off", "no", "false") or _NO_DRAFTS.match(text):
             return 0
-        return int(text) if text.isdigit() else None
+        stated = _DRAFTS.search(_ACCEPTED.sub(" ", text))
+        return int(stated[1]) if stated else None
 
     @property
     def date(self) -> str:
@@ -142,7 +144,7 @@ class RunRecord:
     def may_fit_quantity(self, quantity: str) -> bool:
         """True where the row may enter a fit of `decode_tok_s` or `prefill_tok_s`."""
         only = {"decode_tok_s": "decode_only", "prefill_tok_s": "prefill_only"}
-        return self.fit_ok in ("yes", only.get(quantity, "yes"))
+        return self.fit_ok.lower() in ("yes", only.get(quantity, "yes"))
 
     def row(self) -> dict[str, str]:
         """The record as cells of the tidy CSV (empty for None), unknown columns last."""
@@ -293,6 +295,8 @@ def _record(header: list[str], cells: list[str], line: int, seen: set[str]) -> R
     if scope not in SCOPES:
         problems.append(f"decode_scope is {scope!r}, expected {' or '.join(SCOPES)}")
         scope = "per_user"
+    if "fit_ok" not in header:  # a file that marks no rows has none to leave out
+        values["fit_ok"] = "yes"
     problems += _missing(values)
     if values.get("n_devices") is None:
         values["n_devices"] = names.device_count(str(values.get("device", "")))
@@ -313,6 +317,12 @@ def _missing(values: Mapping[str, object]) -> list[str]:
     return found
 
 
+# a small number that is neither a bound (>=1, 1+) nor part of a version or of a length
+_DRAFTS = re.compile(r"(?<![\d.<>])(?<![<>]=)(?<!>= )(\d{1,2})(?![\d.+]| or more)")
+_NO_DRAFTS = re.compile(r"(no|without|not)\b|n/a")
+_ACCEPTED = re.compile(
+    r"(accept\w*|al)( len\w*| rate)?[ =:]*\d[\d.]*\s*%?|\d[\d.]*\s*%|eagle-?[23]"
+)
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S.*)?")
 
 

@@ -100,3 +100,11 @@ def test_every_figure_is_finite() -> None:
         if r["status"] != "declined":
             assert all(math.isfinite(r[k]) and r[k] > 0 for k in ("predicted", "low", "high"))
             assert r["low"] < r["predicted"] < r["high"]
+
+
+def test_a_declined_row_is_counted_under_its_canonical_names() -> None:
+    row = dataclasses.replace(ROW, device="Apple M4 Max (128 GB)", quant="", weights_gb=None)
+    found = compare([row])
+    assert found["rows"][0]["status"] == "declined"
+    assert found["rows"][0]["predicted"] is None
+    assert set(found["summary"]["by_device"]) == {"m4max"}

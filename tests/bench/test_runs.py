@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bench.runs import (
     MEASURED_COLUMNS,
+    RunRecord,
     parse_number,
     parse_runs,
     published_runs_path,
@@ -25,6 +26,25 @@ def one(line: str, header: str = HEADER):  # type: ignore[no-untyped-def]
     records, problems = parse_runs(f"{header}\n{line}\n")
     assert len(records) == 1
     return records[0], problems
+
+
+@pytest.mark.parametrize(
+    ("text", "drafts"),
+    [
+        ("none", 0), ("no MTP", 0), ("-", 0), ("3", 3), ("MTP-2", 2), ("EAGLE, n=3", 3),
+        ("3 (EAGLE, accept len 3.12)", 3), ("1 draft, 87%", 1), ("draft 2, acceptance 0.8", 2),
+        ("yes", None), ("1+", None), (">=3 (EAGLE)", None), ("unknown>=1", None),
+    ],
+)  # fmt: skip
+def test_drafts_are_read_from_what_people_write(text: str, drafts: int | None) -> None:
+    assert RunRecord("x", mtp=text).drafts == drafts
+
+
+def test_a_file_without_fit_ok_is_judged_whole_and_one_with_it_row_by_row() -> None:
+    assert one(GOOD)[0].may_fit
+    assert one(f"{GOOD},Yes", f"{HEADER},fit_ok")[0].may_fit
+    assert not one(f"{GOOD},", f"{HEADER},fit_ok")[0].may_fit
+    assert not one(f"{GOOD},no (warm-up)", f"{HEADER},fit_ok")[0].may_fit
 
 
 def test_the_published_runs_read_without_a_problem() -> None:
