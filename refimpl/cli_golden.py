@@ -11,6 +11,7 @@ import click
 from refimpl.cli_support import SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
+    from refimpl.backend import Backend
     from refimpl.golden.compare import Comparison, Difference
 
 DIFFERS = 1
@@ -52,6 +53,11 @@ def golden() -> None:
 )
 @click.option("--last", type=int, metavar="N", help="Keep only the last N rows of every array.")
 @click.option("--topk", type=int, metavar="K", help="Keep only the K largest logits of a row.")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="Make this known mistake on purpose (`golden diagnose --list` names them).",
+)
 @click.pass_context
 def dump(
     ctx: click.Context,
@@ -63,6 +69,7 @@ def dump(
     new: int,
     chunk: int | None,
     threads: int | None,
+    variant: str | None,
     **piece: Any,
 ) -> None:
     """Run the model over a prompt and write everything it computes.
@@ -83,8 +90,10 @@ def dump(
         --hidden-in 0.npz --out 4.npz
     """
     if any(value is not None for value in piece.values()):
-        if new or chunk is not None or backend != "reference":
-            raise click.UsageError("pieces take neither --new, --chunk nor --backend", ctx)
+        if new or chunk is not None or backend != "reference" or variant is not None:
+            raise click.UsageError(
+                "pieces take neither --new, --chunk, --backend nor --variant", ctx
+            )
         _dump_piece(model, tokens, out, dtype, threads, **piece)
         return
     from refimpl.backends import open_model
@@ -95,16 +104,31 @@ def dump(
     with open_model(model, backend, dtype, threads) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
-        arrays = golden_arrays(opened.backend, ids, new, chunk)  # type: ignore[arg-type]
+        runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)
+        arrays = golden_arrays(runs, ids, new, chunk)  # type: ignore[arg-type]
         meta = {
             "dtype": dtype,
             "backend": backend,
+            "variant": variant,
             "chunk": chunk,
             "config_sha256": config_hash(opened.backend.config),
             "command": _command(dtype, backend, new, chunk),
         }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
+
+
+def _mistaken(backend: Backend, dtype: str, name: str) -> Backend:
+    """The same model with a known mistake."""
+    from refimpl.errors import InputError
+    from refimpl.reference.model import ReferenceModel
+    from refimpl.reference.variant import VARIANTS
+
+    if name not in VARIANTS:
+        raise InputError(f"no known mistake is called '{name}'; see: golden diagnose --list")
+    if not isinstance(backend, ReferenceModel):
+        raise InputError("--variant needs --backend reference: the engine makes no mistakes")
+    return ReferenceModel(backend.weights.source, dtype, VARIANTS[name].flags)
 
 
 def _dump_piece(

@@ -102,7 +102,7 @@ MISTAKES = [
     (["generate", "x", "--mtp", "4"], "'4' is not one of"),
     (["generate", "x", "--threads", "0"], "threads is 0"),
     (["generate", "x", "--stop", ""], "a stop string is empty"),
-    (["generate", "x", "--backend", "engine"], "no backend 'engine'; use --backend reference"),
+    (["generate", "x", "--backend", "engine", "--dtype", "float64"], "float64"),
     (["generate", "x", "--dtype", "int8"], "'int8' is not one of"),
     (["generate", "x", "--wrong"], "No such option"),
     (["unknown"], "No such command 'unknown'"),

@@ -51,6 +51,17 @@ def test_compare_json(dumped: Path) -> None:
     assert {"max", "rms", "nmse", "kl_mean", "top1"} <= set(data["differences"][0])
 
 
+def test_a_mistake_made_on_purpose_is_found(dumped: Path, tiny_dir: Callable[[str], Path]) -> None:
+    done = refimpl(
+        "golden", "dump", "--model", tiny_dir("tiny_a"), "--tokens", dumped / "ids.json",
+        "--out", dumped / "wrong.npz", "--variant", "window_minus_1",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = refimpl("golden", "compare", dumped / "float32.npz", dumped / "wrong.npz")
+    assert found.exit_code == 1
+    assert "differs from layer 1 attn_out on" in found.stdout
+
+
 @pytest.mark.parametrize(
     ("tokens", "more", "words"),
     [
@@ -60,6 +71,7 @@ def test_compare_json(dumped: Path) -> None:
         ("[1]", ("--new", -1), "impossible"),
         ("[1]", ("--new", 600), "context of 512"),
         ("[1]", ("--model", "nowhere"), "nowhere"),
+        ("[1]", ("--variant", "nothing"), "no known mistake"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
