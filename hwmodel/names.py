@@ -137,12 +137,16 @@ _BUILD = re.compile(
 )
 
 
-def _strip(text: str) -> tuple[str, str]:
-    """A spelling without its remarks in brackets and its builds, and what was taken away."""
+def _strip(text: str, builds: bool = True) -> tuple[str, str]:
+    """A spelling without its remarks in brackets and its builds, and what was taken away.
+
+    Devices have no builds: the B580 is a card.
+    """
     remarks = [a or b for a, b in _BRACKETS.findall(text)]
     bare = _BRACKETS.sub(" ", text)
-    remarks += [m.strip() for m in _BUILD.findall(bare)]
-    bare = _BUILD.sub(" ", bare)
+    if builds:
+        remarks += [m.strip() for m in _BUILD.findall(bare)]
+        bare = _BUILD.sub(" ", bare)
     return " ".join(bare.split()), ", ".join(r.strip() for r in remarks if r.strip())
 
 
@@ -212,7 +216,7 @@ def _device(text: str) -> Name | None:
     index = _index("device")
     if key(text) in index:
         return Name("device", index[key(text)], text)
-    bare, note = _strip(text)
+    bare, note = _strip(text, builds=False)
     vague = re.search(r"(?i)probabl|likely|unstated|\?", note)
     for pattern in (None, _COUNT, _MAKER, _MAKER, _TRIM, _TRIM, _TRIM):
         if pattern is not None:
@@ -220,6 +224,9 @@ def _device(text: str) -> Name | None:
             if shorter == bare:
                 continue
             bare = shorter
+        if key(bare) in guesses:
+            name, why = guesses[key(bare)]
+            return Name("device", name, text, exact=False, note=why)
         if key(bare) in index:
             note = note or ("" if bare == text else text)
             return Name("device", index[key(bare)], text, exact=not vague, note=note)
@@ -229,7 +236,9 @@ def _device(text: str) -> Name | None:
 def _model(text: str) -> Name | None:
     index = _index("model")
     bare = text.rsplit("/", 1)[-1]
-    tail = re.compile(r"(?i)[-_ ](gguf|fp8|int4|int8|bf16|nvfp4|mxfp4|awq|mlx|4bit|8bit|it|hf)$")
+    tail = re.compile(
+        r"(?i)[-_ ](gguf|fp8|int4|int8|bf16|nvfp4|mxfp4|awq|mlx|4bit|8bit|it|hf|base)$"
+    )
     while True:
         if key(bare) in index:
             name = index[key(bare)]

@@ -98,6 +98,17 @@ QUANTS: dict[str, tuple[str, ...]] = {
 # Spellings that state a class, or a mixture whose make-up is not public: representative, and
 # what is not known. The size of such a file must come from the run itself.
 QUANT_CLASSES: dict[str, tuple[str, str]] = {
+    "awq 4bit": ("INT4", "4-bit AWQ, group size not stated"),
+    "gptq 4bit": ("INT4", "4-bit GPTQ, group size not stated"),
+    "w4a8": ("INT4", "4-bit weights, layout not stated"),
+    "iq6 k": ("Q6_K", "a type of ik_llama.cpp of about that size"),
+    "iq5 k": ("Q5_K_S", "a type of ik_llama.cpp of about that size"),
+    "iq4 k": ("IQ4_NL", "a type of ik_llama.cpp of about that size"),
+    "iq4 ks": ("IQ4_XS", "a type of ik_llama.cpp of about that size"),
+    "iq4 kss": ("IQ4_XS", "a type of ik_llama.cpp of about that size"),
+    "smol iq4 kss": ("IQ4_XS", "a type of ik_llama.cpp of about that size"),
+    "iq3 k": ("IQ3_S", "a type of ik_llama.cpp of about that size"),
+    "iq3 ks": ("IQ3_XXS", "a type of ik_llama.cpp of about that size"),
     "4bit unspecified": ("Q4_K_M", "4 bits, type not stated"),
     "q4 class": ("Q4_K_M", "4 bits, type not stated"),
     "q4 class gguf": ("Q4_K_M", "4-bit GGUF, type not stated"),
@@ -136,7 +147,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "h100-pcie": ("h100 pcie 80gb",),
     "h200": ("h200 sxm", "h200 141gb", "nvidia h200"),
     "b200": ("b200 sxm", "b200 180gb", "nvidia b200"),
-    "b300": ("gb300", "b300 sxm", "b300 288gb", "blackwell ultra"),
+    "b300": ("gb300", "gb300 nvl72", "b300 sxm", "b300 288gb", "blackwell ultra"),
     "a100": ("a100-80g", "a100 sxm", "a100 sxm4 80gb", "a100 80gb", "nvidia a100"),
     "a100-pcie": ("a100-pcie-80g", "a100 pcie 80gb"),
     "l40s": ("nvidia l40s", "l40s 48gb"),
@@ -181,7 +192,9 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "server-ddr4-8ch": ("epyc 7763", "epyc 7742", "epyc 7702", "threadripper pro 5995wx",
                         "5995wx", "epyc 7343", "generic-ddr4-8ch", "ddr4 8 channel",
                         "8-channel ddr4", "epyc rome", "epyc milan"),
-    "desktop-ddr5": ("ryzen 9950x", "ryzen 7950x", "i9-14900k", "core ultra 285k", "9950x",
+    "desktop-ddr5": ("ryzen 9950x", "ryzen 9 9950x", "ryzen 9 7950x",
+                     "core ultra 9 285k", "ryzen 7950x", "i9-14900k", "core ultra 285k",
+                     "9950x",
                      "7950x", "14900k", "13900k", "generic-ddr5", "ddr5 dual channel",
                      "dual-channel ddr5", "desktop", "desktop ddr5 2ch"),
     "desktop-ddr4": ("ryzen 5950x", "ryzen 5800x", "5950x", "5800x", "ddr4 dual channel",
@@ -238,7 +251,7 @@ DEVICES: dict[str, tuple[str, ...]] = {
     "arc-b60": ("arc pro b60", "b60"),
     "arc-a770": ("a770", "intel arc a770"),
     "gaudi3": ("intel gaudi 3",),
-    "jetson-thor": ("agx thor", "jetson agx thor"),
+    "jetson-thor": ("agx thor", "jetson agx thor", "thor", "nvidia thor"),
     "jetson-orin": ("agx orin", "jetson agx orin"),
     "ryzen-ai-hx-370": ("hx 370", "radeon 890m"),
     "ryzen-780m": ("7840hs", "8840hs", "radeon 780m", "8845hs"),
@@ -269,6 +282,10 @@ DEVICES: dict[str, tuple[str, ...]] = {
 DEVICE_GUESSES: dict[str, tuple[str, str]] = {
     "m4max-40core (probable)": ("m4max", "the source does not state the device"),
     "m1-ultra (probable)": ("m1-ultra", "the source does not state the device"),
+    "h100 nvl": ("h100", "the H100 NVL has 94 GB at 3.9 TB/s; taken as the H100 SXM"),
+    "a100 40gb": ("a100", "the A100 of 40 GB has 1.56 TB/s; taken as that of 80 GB"),
+    "a100 sxm4 40gb": ("a100", "the A100 of 40 GB has 1.56 TB/s; taken as that of 80 GB"),
+    "a100 pcie 40gb": ("a100-pcie", "the A100 of 40 GB has 1.56 TB/s; taken as that of 80 GB"),
     "4x mi50-32gb + 2x mi50-16gb": ("mi50", "two of the six cards have 16 GB, not 32"),
 }
 

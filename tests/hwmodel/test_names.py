@@ -146,3 +146,23 @@ def test_every_alias_leads_to_one_name_only() -> None:
             for text in (name, *aliases):
                 claims.setdefault(names.key(text), set()).add(name)
         assert {k: v for k, v in claims.items() if len(v) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "found", "exact"),
+    [
+        ("device", "Intel Arc B580 x8", "arc-b580", True),
+        ("device", "2x H100 NVL", "h100", False),
+        ("device", "NVIDIA A100-SXM4-40GB", "a100", False),
+        ("device", "A100-SXM4-80GB", "a100", True),
+        ("device", "GB300 NVL72", "b300", True),
+        ("device", "AMD Ryzen 9 9950X", "desktop-ddr5", True),
+        ("quant", "IQ4_KSS", "IQ4_XS", False),
+        ("quant", "AWQ 4-bit", "INT4", False),
+        ("model", "stepfun-ai/Step-3.5-Flash-Base", "step-3.5-flash", True),
+    ],
+)
+def test_spellings_that_strangers_use(kind: names.Kind, text: str, found: str, exact: bool) -> None:
+    name = names.canonical(kind, text)
+    assert name is not None
+    assert (name.id, name.exact) == (found, exact)
