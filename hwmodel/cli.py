@@ -76,7 +76,9 @@ def main() -> None:
     help="Sequences decoded together.",
 )
 @click.option(
-    "--stats", metavar="FILE", help="Acceptance of drafts as measured by 'refimpl stats --json'."
+    "--stats",
+    metavar="FILE",
+    help="Acceptance of drafts and distinct experts as counted by 'refimpl stats --json'.",
 )
 @click.option("--plot", metavar="FILE", help="Draw decode against depth into a .png or .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -83,7 +83,10 @@ def _mtp(plan: Plan) -> dict[str, Any]:
     return {
         "drafts": plan.best_drafts,
         "acceptance": list(plan.acceptance),
-        "acceptance_source": plan.request.stats_file or "llama.cpp pull request 20981",
+        "acceptance_source": plan.request.stats_file
+        if plan.request.acceptance
+        else "llama.cpp pull request 20981",
+        "distinct_experts": plan.request.distinct_experts,
         "depth": plan.chosen.context // 4,
         "options": [
             {

@@ -162,7 +162,7 @@ def _drafts(plan: Plan) -> list[str]:
     if not options:
         return [f"off: {plan.chosen.engine.title} does not draft with this model"]
     shown = ", ".join(f"{o.drafts}: {o.gain:.2f}x{'' if o.fits else ' (no room)'}" for o in options)
-    basis = plan.request.stats_file or "published acceptance"
+    basis = plan.request.stats_file if plan.request.acceptance else "published acceptance"
     if not plan.best_drafts:
         crowded = any(o.gain >= WORTHWHILE and not o.fits for o in options)
         why = "no room for the MTP layers" if crowded else "drafting does not pay here"

@@ -7,14 +7,11 @@ expected, what to do.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hwmodel import names
 from hwmodel.devices import Device, load_device
@@ -24,6 +21,7 @@ from hwmodel.model import ModelShape
 from hwmodel.quant import QUANTS, Quant, load_quant
 from hwmodel.quantity import Quantity
 from hwmodel.run import Split
+from hwmodel.statistics_file import read_stats
 
 DEFAULT_CONTEXT = 32768
 MAX_COUNT = 8  # searched when no count is given
@@ -47,6 +45,7 @@ class PlanRequest:
         ram_bytes: host memory that experts may use, None where offloading is not wanted.
         host: whose memory that is; its bandwidth decides the speed.
         acceptance: chance that each draft is accepted, from a statistics file.
+        distinct_experts: distinct experts of 1, 2, ... neighbouring tokens, from the same.
         min_decode: tokens/s of each sequence wanted at the full context.
         max_price: dollars for all devices together.
     """
@@ -63,6 +62,7 @@ class PlanRequest:
     ram_bytes: float | None = None
     host: Device | None = None
     acceptance: tuple[float, ...] | None = None
+    distinct_experts: tuple[float, ...] | None = None
     stats_file: str = ""
     min_decode: float | None = None
     max_price: float | None = None
@@ -138,6 +138,7 @@ def make_request(
             raise RequestError(f"--host {helper.name} is no processor; see 'hwmodel devices list'")
     elif host is not None:
         raise RequestError("--host needs --ram and a device with memory of its own")
+    accepted, distinct = read_stats(stats, model) if stats else (None, None)
     return PlanRequest(
         device=found,
         model=model,
@@ -150,7 +151,8 @@ def make_request(
         split=split,
         ram_bytes=ram,
         host=helper,
-        acceptance=read_acceptance(stats) if stats else None,
+        acceptance=accepted,
+        distinct_experts=distinct,
         stats_file=stats or "",
         min_decode=min_decode,
         max_price=max_price,
@@ -281,44 +283,3 @@ def with_memory(device: Device, total_bytes: float) -> Device:
         texts["memory.raise_how"] = f"sudo sysctl iogpu.wired_limit_mb={raised}"
     title = f"{device.title.split(',')[0]}, {total_bytes / 2**30:.0f} GB"
     return dataclasses.replace(device, quantities=kept, texts=texts, title=title)
-
-
-def read_acceptance(path: str) -> tuple[float, ...]:
-    """Acceptance by draft position from a statistics file (`refimpl stats --json`).
-
-    Raises:
-        RequestError: the file cannot be read or holds no acceptance figures between 0 and 1.
-    """
-    try:
-        if Path(path).stat().st_size > 1 << 24:
-            raise RequestError(f"--stats {path}: larger than 16 MiB, expected a statistics file")
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"--stats {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"--stats {path}: not JSON ({error})") from error
-    figures = _acceptance(raw)
-    if not figures:
-        raise RequestError(f"--stats {path}: holds no acceptance by position between 0 and 1")
-    return figures
-
-
-def _acceptance(raw: Any) -> tuple[float, ...]:
-    """The list under a key that starts with `acceptance`, one level deep or two."""
-    if not isinstance(raw, dict):
-        return ()
-    for key, value in raw.items():
-        if key.startswith("acceptance") and isinstance(value, list):
-            return _shares(value)
-    for value in raw.values():
-        found = _acceptance(value) if isinstance(value, dict) else ()
-        if found:
-            return found
-    return ()
-
-
-def _shares(values: Sequence[Any]) -> tuple[float, ...]:
-    good = all(
-        isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values
-    )
-    return tuple(float(v) for v in values[:3]) if good else ()

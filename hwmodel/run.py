@@ -81,7 +81,9 @@ class Workload:
     measured; None means that it was not stated and is taken as short, with a wider band.
     `concurrency` counts sequences decoded together. `micro_batch` None means the engine's own.
     `acceptance` holds the chance that the draft at each position is accepted, given that all
-    before it were; None means the built-in figures.
+    before it were; None means the built-in figures. `distinct_experts` holds the mean number of
+    distinct experts per MoE layer of 1, 2, ... neighbouring tokens of one sequence, as measured;
+    None means the expectation under even, independent routing.
     """
 
     prompt_tokens: int = 0
@@ -92,6 +94,7 @@ class Workload:
     kv_type: str = "f16"
     drafts: int = 0
     acceptance: tuple[float, ...] | None = None
+    distinct_experts: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ def make_candidate(
             kv_type=kv_type,
             micro_batch=micro_batch,
             acceptance=request.acceptance,
+            distinct_experts=request.distinct_experts,
         ),
     )
     return Candidate(run, request.context, backend, host_layers)

@@ -65,7 +65,8 @@ def decode_parts(run: RunConfig) -> list[Part]:
     work = run.workload
     rows = 1 + max(0, work.drafts)
     depth = (work.depth or 0) + work.generated_tokens // 2
-    counts = step_counts(run.model, run.quant, depth, rows, work.concurrency)
+    distinct = measured_distinct(run, rows)
+    counts = step_counts(run.model, run.quant, depth, rows, work.concurrency, distinct=distinct)
     parts = _weight_parts(run, machine, c, counts, "decode")
     parts += _kv_parts(run, machine, c, counts, depth)
     parts += _overhead_parts(run, machine, c, rows)
@@ -80,6 +81,19 @@ def decode_parts(run: RunConfig) -> list[Part]:
         for p in prefill_parts(alone):
             parts.append(_scaled(p, share, "prefill of others", c.features("join", "family")))
     return _with(parts, age_effects(c, "decode"))
+
+
+def measured_distinct(run: RunConfig, rows: int) -> float | None:
+    """Distinct experts per layer of a step as measured, None where nothing was measured.
+
+    Rows of one sequence are neighbours, whose experts were counted; sequences are independent of
+    each other, so that an expert is left out by all of them with the product of the chances.
+    """
+    found, experts = run.workload.distinct_experts, run.model.experts
+    if not found or not experts or rows > len(found):
+        return None
+    left_out = 1.0 - found[rows - 1] / experts
+    return float(experts * (1.0 - left_out**run.workload.concurrency))
 
 
 def _interleaves(run: RunConfig, c: Context) -> bool:

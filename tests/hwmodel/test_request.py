@@ -1,13 +1,10 @@
 """What a user types becomes a request, or one sentence that says what is wrong."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from hwmodel.errors import HwmodelError, RequestError
 from hwmodel.model import step_shape
-from hwmodel.request import make_request, parse_context, read_acceptance
+from hwmodel.request import make_request, parse_context
 
 MODEL = step_shape()
 
@@ -83,37 +80,3 @@ def test_a_mac_comes_in_several_sizes() -> None:
     assert small.raise_how == "sudo sysctl iogpu.wired_limit_mb=57344"
     assert "64 GB" in small.title
     assert make_request("m4max", MODEL, ram_gb=128).device == make_request("m4max", MODEL).device
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"acceptance": [0.9, 0.8, 0.7]},
-        {"mtp": {"acceptance_by_position": [0.9, 0.8, 0.7]}},
-    ],
-)
-def test_acceptance_comes_from_a_statistics_file(content: object, tmp_path: Path) -> None:
-    path = tmp_path / "stats.json"
-    path.write_text(json.dumps(content))
-    assert read_acceptance(str(path)) == (0.9, 0.8, 0.7)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not JSON"),
-        ("[1]", "holds no acceptance"),
-        ('{"acceptance": []}', "holds no acceptance"),
-        ('{"acceptance": [1.5]}', "holds no acceptance"),
-        ('{"acceptance": [true]}', "holds no acceptance"),
-        ('{"acceptance": ["0.9"]}', "holds no acceptance"),
-        ("[" * 5000, "not JSON"),
-    ],
-)
-def test_statistics_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "stats.json"
-    path.write_text(text)
-    with pytest.raises(RequestError, match=message):
-        read_acceptance(str(path))
-    with pytest.raises(RequestError, match="cannot be read"):
-        read_acceptance(str(tmp_path / "none.json"))
