@@ -80,6 +80,7 @@ def _from_fields(f: _Fields) -> ModelConfig:
                 f"is {found!r} but full-attention layers use {expected}; both must be equal",
             )
     _refuse_other_mathematics(f)
+    _refuse_other_spelling(f)
     default_factors = [0.5 if k == FULL else 1.0 for k in kinds]
     scaling = f.rope_scaling()
     moe_layers = f.moe_layers(trunk)
@@ -134,6 +135,18 @@ def _refuse_other_mathematics(f: _Fields) -> None:
         found = f.data.get(key)
         if found is not None and found != value:
             raise ConfigError(key, f"is {found!r}; only {value!r} is defined for Step 3.5")
+
+
+def _refuse_other_spelling(f: _Fields) -> None:
+    """Refuse RoPE settings that only transformers' newer spelling holds: defaults would stand in
+    for them without a word."""
+    lacking = [key for key in ("rope_theta", "rope_scaling") if key not in f.data]
+    if f.mapping("rope_parameters") and lacking:
+        raise ConfigError(
+            "rope_parameters",
+            f"replaces {' and '.join(lacking)}, which this program reads; take the config.json "
+            "published with the checkpoint",
+        )
 
 
 class _Fields:

@@ -112,6 +112,7 @@ def test_scalar_theta_is_used_on_every_layer() -> None:
         ({"model_type": "llama"}, "model_type"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"attention_other_setting": {"head_dim": 64}}, "attention_other_setting.head_dim"),
+        ({"rope_parameters": 5}, "rope_parameters"),
     ],
 )
 def test_contradictions_name_the_field(change: dict[str, Any], field: str) -> None:
@@ -119,6 +120,16 @@ def test_contradictions_name_the_field(change: dict[str, Any], field: str) -> No
         from_hf({**hf(), **change})
     assert error.value.field == field
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lacking", ["rope_theta", "rope_scaling"])
+def test_rope_settings_in_another_spelling_are_not_passed_over(lacking: str) -> None:
+    data = {**hf(), "rope_parameters": {"full_attention": {"rope_theta": 5e6}}}
+    assert from_hf(data) == published()
+    del data[lacking]
+    with pytest.raises(ConfigError, match=f"replaces {lacking}") as error:
+        from_hf(data)
+    assert error.value.field == "rope_parameters"
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
