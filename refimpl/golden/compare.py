@@ -5,6 +5,7 @@ Axes as in `refimpl.golden.files`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "bf16": 5e-2}
 _AFTER_PROMPT = ("greedy", "greedy_logits", "spec_accepted")
 _LAYERED = ("attn_out", "ffn_out", "hidden")
 _SHOWN = 4
+_MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,24 @@ class Comparison:
         return next((d for d in self.differences if d.departs), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Plain data for `--json`; what is not finite, which JSON cannot say, is None."""
         first = self.first_departure
         return {
             "equal": first is None,
             "tolerance": self.tolerance,
-            "first_departure": None if first is None else {"place": first.place, **asdict(first)},
-            "differences": [{"place": d.place, **asdict(d)} for d in self.differences],
+            "first_departure": None if first is None else _plain(first),
+            "differences": [_plain(d) for d in self.differences],
             "not_in_both_files": self.missing,
         }
+
+
+def _plain(d: Difference) -> dict[str, Any]:
+    def finite(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {"place": d.place, **{k: finite(v) for k, v in asdict(d).items()}}
 
 
 def compare(
@@ -115,12 +126,34 @@ def compare(
             )
         if a[name].dtype.kind not in "fiub" or b[name].dtype.kind not in "fiub":
             raise InputError(f"array `{name}` does not hold numbers")
+    for x in (a, b):
+        _check_layers(x, first_layer)
+    moe_a, moe_b = a.get("moe_layers"), b.get("moe_layers")
+    if moe_a is not None and moe_b is not None and not np.array_equal(moe_a, moe_b):
+        raise InputError("the two files have different MoE layers; are they of the same model?")
     if tolerance is None:
         names = [d or _precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
         tolerance = max(TOLERANCE.get(n, TOLERANCE["float32"]) for n in names)
-    differences = list(_differences(a, b, common, tolerance, first_layer))
+    with np.errstate(all="ignore"):  # an infinite value is a departure, not a mishap
+        differences = list(_differences(a, b, common, tolerance, first_layer))
     missing = {*(set(a) ^ set(b)), *(n for n in a if n in b and _another_length(n, a, b))}
     return Comparison(differences, tolerance, sorted(missing))
+
+
+def _check_layers(x: Mapping[str, Array], first_layer: int) -> None:
+    """Refuse arrays by layer that do not fit together (a file may come from any program)."""
+    layered = {n: x[n] for n in (*_LAYERED, "route_idx", "route_w") if n in x}
+    for name, array in layered.items():
+        if array.ndim != 3:
+            raise InputError(f"array `{name}` has {array.ndim} axes, expected layer, token, value")
+    counts = {n: len(y) - (n == "hidden") for n, y in layered.items() if n in _LAYERED}
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{count} in `{name}`" for name, count in counts.items())
+        raise InputError(f"a file has arrays of different numbers of layers: {said}")
+    moe = x.get("moe_layers", np.zeros(0, dtype=np.int64))
+    stop = first_layer + min(counts.values(), default=_MAX_LAYERS)
+    if moe.ndim != 1 or moe.dtype.kind not in "iu" or ((moe < first_layer) | (moe >= stop)).any():
+        raise InputError(f"array `moe_layers` is not a list of layers {first_layer} to {stop - 1}")
 
 
 def _another_length(name: str, a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
@@ -222,7 +255,7 @@ def _first(wrong: Array, a: Array, b: Array) -> list[tuple[list[int], float, flo
 def _distribution(x: Array, y: Array) -> dict[str, float]:
     """KL(softmax x || softmax y) over rows and agreement of the leading tokens: (T, V) each."""
     p, q = _log_softmax(x), _log_softmax(y)
-    kl = np.sum(np.exp(p) * (p - q), axis=-1)  # (T,)
+    kl = np.maximum(np.sum(np.exp(p) * (p - q), axis=-1), 0.0)  # (T,); rounding may go below 0
     best_x, best_y = np.argmax(x, axis=-1), np.argmax(y, axis=-1)
     five = np.argsort(-y, axis=-1, kind="stable")[:, :5]
     return {

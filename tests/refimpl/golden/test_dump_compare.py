@@ -1,5 +1,6 @@
 """Golden files hold what the documentation says and departures are named where they begin."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,54 @@ def test_what_cannot_be_compared_is_refused(golden: dict[str, np.ndarray]) -> No
         compare({"logits": golden["logits"]}, {"logits": golden["logits"].astype("U4")})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("moe_layers", np.array(5), "not a list of layers 0 to 8"),
+        ("moe_layers", np.array(["a"]), "not a list of layers"),
+        ("moe_layers", np.array([2, 3, 4, 5, 6, 7, 9]), "not a list of layers"),
+        ("hidden", np.array(5.0), "0 axes"),
+        ("hidden", np.zeros((5, T, 64)), "different numbers of layers: 4 in `hidden`|9 in"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(
+    golden: dict[str, np.ndarray], name: str, value: np.ndarray, words: str
+) -> None:
+    broken = {**golden, name: value}
+    with pytest.raises(InputError, match=words):
+        compare(broken, broken)
+
+
+def test_files_of_other_moe_layers_are_refused(golden: dict[str, np.ndarray]) -> None:
+    with pytest.raises(InputError, match="different MoE layers"):
+        compare(golden, {**golden, "moe_layers": golden["moe_layers"] - 1})
+
+
+def test_json_of_infinite_values_stays_json(golden: dict[str, np.ndarray]) -> None:
+    infinite = {**golden, "logits": np.full_like(golden["logits"], np.inf)}
+    for pair in ((golden, infinite), (infinite, infinite)):
+        first = compare(*pair).to_json()["first_departure"]
+        assert first["place"] == "logits"
+        json.dumps(first, allow_nan=False)
+
+
+def test_values_that_are_not_finite_are_not_written(
+    tmp_path: Path, golden: dict[str, np.ndarray]
+) -> None:
+    hidden = golden["hidden"].copy()
+    hidden[3, 1, 2] = np.nan
+    with pytest.raises(InputError, match=r"hidden\[3, 1, 2\] is nan \(1 of"):
+        write_golden(tmp_path / "g.npz", {**golden, "hidden": hidden}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_context_and_counts_are_checked(tiny: Tiny, ids: list[int]) -> None:
     model = ReferenceModel(tiny("tiny_a"), "float32")
     with pytest.raises(InputError, match="context of 512"):
         golden_arrays(model, ids, 500)
-    with pytest.raises(InputError, match="impossible"):
+    with pytest.raises(InputError, match="new is -1"):
         golden_arrays(model, ids, -1)
-    with pytest.raises(InputError, match="impossible"):
+    with pytest.raises(InputError, match="chunk is 0"):
         golden_arrays(model, ids, 1, chunk=0)
 
 
