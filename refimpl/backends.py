@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 from refimpl.backend import Backend
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.source import WeightSource
@@ -107,13 +109,19 @@ def open_model(
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     path = model_path(model)
-    with limited_threads(threads), contextlib.closing(open_checkpoint(path)) as source:
+    with limited_threads(threads), contextlib.closing(open_checkpoint(path)) as source, quiet():
         yield OpenModel(
             path=path,
             backend=open_backend(source, backend, dtype, threads),
             tokenizer=tokenizer_of(path, source.metadata or None),
             warnings=source.warnings,
         )
+
+
+def quiet() -> contextlib.AbstractContextManager[object]:
+    """No warnings of NumPy about overflow: where a damaged checkpoint leads to infinite values,
+    sampling and golden files refuse them with a sentence."""
+    return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 @contextlib.contextmanager

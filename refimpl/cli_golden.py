@@ -19,7 +19,12 @@ DIFFERS = 1
 
 @click.group(cls=SentenceGroup, lazy={"diagnose": "refimpl.cli_diagnose:diagnose"})
 def golden() -> None:
-    """Dump and compare what a run computes at every layer, and name the mistake behind a gap."""
+    """Dump and compare what a run computes at every layer, and name the mistake behind a gap.
+
+    \b
+    Example:
+      refimpl golden dump --model mini --tokens ids.json --out mine.npz
+    """
 
 
 @golden.command()
@@ -144,14 +149,14 @@ def _dump_piece(
 ) -> None:
     import contextlib
 
-    from refimpl.backends import limited_threads, model_path
+    from refimpl.backends import limited_threads, model_path, quiet
     from refimpl.golden.files import config_hash, read_tokens, write_golden
     from refimpl.golden.pieces import open_layers, piece_arrays, read_hidden
     from refimpl.reference.model import ReferenceModel
 
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
     source, (first, stop) = open_layers(model_path(model), layers or ":", hidden_in is None)
-    with limited_threads(threads), contextlib.closing(source):
+    with limited_threads(threads), contextlib.closing(source), quiet():
         c = source.config
         rows = None
         if hidden_in is not None:

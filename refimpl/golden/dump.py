@@ -49,8 +49,10 @@ def golden_arrays(
     """
     config, total = model.config, len(tokens) + new
     depth = config.num_nextn_predict_layers if new else 0
-    if new < 0 or (chunk is not None and chunk < 1):
-        raise InputError(f"{new} new tokens in chunks of {chunk} is impossible")
+    if new < 0:
+        raise InputError(f"new is {new}, expected 0 or more tokens after the prompt")
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk is {chunk}, expected 1 or more tokens at a time")
     if total + depth > config.max_position_embeddings:
         raise InputError(
             f"prompt {len(tokens)} + new {new} + drafts {depth} tokens exceed the model's "
@@ -64,8 +66,9 @@ def golden_arrays(
         for i in range(0, len(tokens), step)
     ]
     logits = np.concatenate([s.logits for s in steps])
-    arrays = {"prompt": np.asarray(tokens, dtype=np.int64), "logits": logits}
+    arrays = {"prompt": np.asarray(tokens, dtype=np.int64)}
     arrays.update(_activations(trace, config.num_hidden_layers, config.moe_layers))
+    arrays["logits"] = logits
     if new:
         arrays.update(_greedy(model, cache, logits[-1], new))
     if config.num_nextn_predict_layers:

@@ -45,11 +45,24 @@ def write_golden(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any
     """Write a golden file whole or not at all.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a value is not finite, or the file cannot be written.
     """
+    for name, array in arrays.items():
+        _require_finite(name, array)
     header = {"magic": MAGIC, "version": VERSION, **meta}
     with atomic_file(path) as file:
         np.savez(file, meta=np.array(json.dumps(header)), **dict(arrays))  # type: ignore[arg-type]
+
+
+def _require_finite(name: str, array: Array) -> None:
+    wrong = np.argwhere(~np.isfinite(array))
+    if len(wrong):
+        at = ", ".join(str(i) for i in wrong[0])
+        raise InputError(
+            f"{name}[{at}] is {array[tuple(wrong[0])]} ({len(wrong)} of {array.size} are not "
+            "finite): the checkpoint is damaged, or its values overflow this precision; try "
+            "--dtype float64"
+        )
 
 
 def read_golden(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:

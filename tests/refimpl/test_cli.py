@@ -22,8 +22,7 @@ def commands(group: click.Group, *above: str) -> Iterator[tuple[str, ...]]:
         command = group.get_command(ctx, name)
         if isinstance(command, click.Group):
             yield from commands(command, *above, name)
-        else:
-            yield (*above, name)
+        yield (*above, name)
 
 
 @pytest.mark.parametrize("words", list(commands(main)), ids=" ".join)

@@ -1,11 +1,14 @@
 """The golden commands as a user runs them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
 
 from refimpl.cli import main
 
@@ -68,7 +71,7 @@ def test_a_mistake_made_on_purpose_is_found(dumped: Path, tiny_dir: Callable[[st
         ("[]", (), "empty"),
         ("[1, 999]", (), "outside the vocabulary"),
         ("nonsense", (), "not valid JSON"),
-        ("[1]", ("--new", -1), "impossible"),
+        ("[1]", ("--new", -1), "new is -1"),
         ("[1]", ("--new", 600), "context of 512"),
         ("[1]", ("--model", "nowhere"), "nowhere"),
         ("[1]", ("--variant", "nothing"), "no known mistake"),
@@ -91,3 +94,26 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_a_checkpoint_whose_values_overflow_is_one_line_and_writes_nothing(
+    tmp_path: Path, tiny_dir: Callable[[str], Path]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir("tiny_a"), model)
+    tensors = load_file(model / "model.safetensors")
+    for part in ("gate", "up"):
+        name = f"model.layers.0.mlp.{part}_proj.weight"
+        tensors[name] = tensors[name] * np.asarray(1e30, tensors[name].dtype)
+    save_file(tensors, model / "model.safetensors")
+    (tmp_path / "ids.json").write_text(json.dumps(IDS))
+    out = tmp_path / "out.npz"
+    asked = ("--model", model, "--tokens", tmp_path / "ids.json")
+    for more in ((), ("--layers", "0:2")):
+        done = refimpl("golden", "dump", *asked, "--out", out, *more)
+        assert done.exit_code == 2
+        assert done.stderr.count("\n") == 1
+        assert "not finite" in done.stderr
+        assert not out.exists()
+    done = refimpl("generate", *asked)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
