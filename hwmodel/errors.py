@@ -15,11 +15,19 @@ class HwmodelError(RefimplError):
     """Base of all errors that are the input's fault; the message is one sentence."""
 
 
+_WHERE = {
+    "device": "see 'hwmodel devices list', or give the path of a device file",
+    "engine": "see 'hwmodel engines list'",
+    "quant type": "expected a type such as Q4_K_S, Q8_0, FP8 or BF16, or the path of a checkpoint",
+}
+
+
 class UnknownNameError(HwmodelError):
     """A name is not in the registry; the message offers the nearest ones."""
 
     def __init__(self, kind: str, text: str, nearest: tuple[str, ...]) -> None:
-        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+        where = f"; {_WHERE[kind]}" if kind in _WHERE else ""
+        hint = f"; did you mean {' or '.join(nearest)}?" if nearest else where
         super().__init__(f"unknown {kind} {text!r}{hint}")
         self.kind, self.text, self.nearest = kind, text, nearest
 

@@ -161,6 +161,8 @@ def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
     ]
     if not alike:
         return "extrapolated", f"no measured run of {own['family']} on {own['class']}"
+    if own["offload"] == "ssd" and all(r.config.get("offload") != "ssd" for r in fit.runs):
+        return "extrapolated", "no measured run reads experts from disk"
     return "calibrated", ""
 
 

@@ -326,3 +326,11 @@ def test_any_context_gets_an_answer_that_adds_up(
         assert p.memory.raised_margin_bytes >= 0
         assert p.max_context >= context
     assert plan_text(p)
+
+
+def test_streaming_from_disk_is_not_called_calibrated() -> None:
+    """No published run reads experts from disk, so its speed is an extrapolation."""
+    found = plan("laptop-32gb", ram_gb=32)
+    assert found.chosen.run.placement.ssd_share > 0
+    assert found.decode[0][1].status == "extrapolated"
+    assert "disk" in found.decode[0][1].reason

@@ -38,6 +38,8 @@ def test_contexts_that_cannot_be(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"device": "foo"}, "unknown device 'foo'; see 'hwmodel devices list'"),
+        ({"device": "h100", "quant": "zzz"}, "unknown quant type 'zzz'; expected a type such as"),
         ({"device": "m4maxx"}, "unknown device 'm4maxx'; did you mean m4max"),
         ({"device": "h100", "engine": "vlm"}, "unknown engine 'vlm'; did you mean"),
         ({"device": "h100", "quant": "Q4_K_SS"}, "unknown quant type 'Q4_K_SS'; did you mean"),
