@@ -292,6 +292,7 @@ def _record(header: list[str], cells: list[str], line: int, seen: set[str]) -> R
         problems.append(f"the id '{identity}' occurs twice")
         identity = f"{identity} (line {line})"
     scope = str(values.pop("decode_scope", "")).lower() or "per_user"
+    scope = "per_user" if names.key(scope) == "peruser" else scope
     if scope not in SCOPES:
         problems.append(f"decode_scope is {scope!r}, expected {' or '.join(SCOPES)}")
         scope = "per_user"

@@ -10,7 +10,7 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write beside the file, force it to disk, then take its place.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; names the file that was wanted.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -19,5 +19,8 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         beside.unlink(missing_ok=True)

@@ -67,6 +67,8 @@ def canonical(kind: Kind, text: str) -> Name | None:
 
 def why_unknown(kind: Kind, text: str) -> str:
     """One clause that says why `canonical` gave None, with the nearest names if there are any."""
+    if not text.strip():
+        return f"no {kind} is stated"
     refused = _refused(kind).get(key(text))
     if refused:
         return f"{kind} {text!r} is not one thing: {refused}"

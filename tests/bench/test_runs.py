@@ -176,12 +176,12 @@ def test_a_bad_row_is_kept_and_reported_in_one_line(line: str, message: str) -> 
 
 
 def test_ids_are_made_unique_and_scopes_checked() -> None:
-    text = f"{HEADER},decode_scope\n{GOOD},aggregate\n{GOOD},per user\n"
+    text = f"{HEADER},decode_scope\n{GOOD},aggregate\n{GOOD},both\n"
     records, problems = parse_runs(text)
     assert [r.id for r in records] == ["A1", "A1 (line 3)"]
     assert records[0].decode_scope == "aggregate"
     assert any("occurs twice" in p for p in problems)
-    assert any("decode_scope is 'per user', expected per_user or aggregate" in p for p in problems)
+    assert any("decode_scope is 'both', expected per_user or aggregate" in p for p in problems)
 
 
 @pytest.mark.parametrize(
@@ -235,3 +235,9 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     assert all(isinstance(p, str) for p in problems)
     assert all(r.decode_tok_s is None or r.decode_tok_s > 0 for r in records)
     assert set(MEASURED_COLUMNS) <= {f for f in vars(records[0])} if records else True
+
+
+@pytest.mark.parametrize("text", ["per-user", "Per user", "per_user", ""])
+def test_spellings_of_the_scope_of_a_user(text: str) -> None:
+    record, problems = one(f"{GOOD},{text}", f"{HEADER},decode_scope")
+    assert (record.decode_scope, problems) == ("per_user", [])

@@ -166,3 +166,7 @@ def test_spellings_that_strangers_use(kind: names.Kind, text: str, found: str, e
     name = names.canonical(kind, text)
     assert name is not None
     assert (name.id, name.exact) == (found, exact)
+
+
+def test_nothing_stated_is_not_called_unknown() -> None:
+    assert names.why_unknown("device", " ") == "no device is stated"
