@@ -103,8 +103,9 @@ def dump(
         return
     from refimpl.backends import open_model
     from refimpl.golden.dump import golden_arrays
-    from refimpl.golden.files import config_hash, read_tokens, write_golden
+    from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
 
+    check_output(Path(out), model, tokens)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
     with open_model(model, backend, dtype, threads) as opened:
         for warning in opened.warnings:
@@ -150,10 +151,11 @@ def _dump_piece(
     import contextlib
 
     from refimpl.backends import limited_threads, model_path, quiet
-    from refimpl.golden.files import config_hash, read_tokens, write_golden
+    from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
     from refimpl.golden.pieces import open_layers, piece_arrays, read_hidden
     from refimpl.reference.model import ReferenceModel
 
+    check_output(Path(out), model, tokens, hidden_in)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
     source, (first, stop) = open_layers(model_path(model), layers or ":", hidden_in is None)
     with limited_threads(threads), contextlib.closing(source), quiet():

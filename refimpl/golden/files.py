@@ -54,6 +54,23 @@ def write_golden(path: Path, arrays: Mapping[str, Array], meta: Mapping[str, Any
         np.savez(file, meta=np.array(json.dumps(header)), **dict(arrays))  # type: ignore[arg-type]
 
 
+def check_output(path: Path, *inputs: str | Path | None) -> None:
+    """Refuse, before a long run, an output that would replace anything but an older golden file.
+
+    Raises:
+        InputError: `path` is one of `inputs` or a file that is no .npz, or its folder is missing.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written (the folder {path.parent} does not exist)")
+    if not path.is_file():
+        return
+    read = [Path(given) for given in inputs if given is not None]
+    if any(p.exists() and p.samefile(path) for p in read):
+        raise InputError(f"{path}: is read by this run; choose another name for the output")
+    if path.stat().st_size and not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: exists and is no golden file; choose another name")
+
+
 def _require_finite(name: str, array: Array) -> None:
     wrong = np.argwhere(~np.isfinite(array))
     if len(wrong):

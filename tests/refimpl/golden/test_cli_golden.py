@@ -117,3 +117,41 @@ def test_a_checkpoint_whose_values_overflow_is_one_line_and_writes_nothing(
         assert not out.exists()
     done = refimpl("generate", *asked)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("more", [(), ("--layers", "0:1")])
+def test_only_golden_files_are_replaced(
+    tmp_path: Path, tiny_dir: Callable[[str], Path], more: tuple[str, ...]
+) -> None:
+    ids, model, other = tmp_path / "ids.json", tmp_path / "model.gguf", tmp_path / "other"
+    ids.write_text("[1, 2]")
+    other.write_text("precious")
+    made = refimpl("convert", tiny_dir("tiny_a"), model, "--type", "f32")
+    assert made.exit_code == 0, made.stderr
+    before = model.read_bytes()
+    for out, words in (
+        (model, "is read by this run"),
+        (ids, "is read by this run"),
+        (other, "is no golden file"),
+        (tmp_path / "nowhere" / "out.npz", "does not exist"),
+    ):
+        done = refimpl("golden", "dump", "--model", model, "--tokens", ids, "--out", out, *more)
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+        assert words in done.stderr
+    assert (model.read_bytes(), ids.read_text(), other.read_text()) == (
+        before, "[1, 2]", "precious"
+    )  # fmt: skip
+    again = ("golden", "dump", "--model", model, "--tokens", ids, "--out", tmp_path / "o.npz")
+    assert [refimpl(*again, *more).exit_code for _ in range(2)] == [0, 0]
+
+
+def test_a_piece_does_not_replace_its_own_input(
+    tmp_path: Path, tiny_dir: Callable[[str], Path]
+) -> None:
+    ids, piece = tmp_path / "ids.json", tmp_path / "piece.npz"
+    ids.write_text("[1, 2]")
+    asked = ("golden", "dump", "--model", tiny_dir("tiny_a"), "--tokens", ids, "--out", piece)
+    assert refimpl(*asked, "--layers", "0:1").exit_code == 0
+    done = refimpl(*asked, "--layers", "1:2", "--hidden-in", piece)
+    assert done.exit_code == 2
+    assert "is read by this run" in done.stderr
