@@ -234,7 +234,7 @@ def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, st
                 if why is None:
                     found.append(make_candidate(request, engine, split, count, quant))
     best = max(found, key=lambda c: c.memory.raised_margin_bytes) if found else None
-    return best, illegal if request.split else ""
+    return best, illegal if request.split or best is None else ""
 
 
 def _smallest(request: PlanRequest) -> Candidate:

@@ -334,3 +334,10 @@ def test_streaming_from_disk_is_not_called_calibrated() -> None:
     assert found.chosen.run.placement.ssd_share > 0
     assert found.decode[0][1].status == "extrapolated"
     assert "disk" in found.decode[0][1].reason
+
+
+def test_a_count_that_nothing_can_be_split_over_says_why() -> None:
+    found = plan("m4max", count=99)
+    assert not found.holds
+    assert found.has_nearest
+    assert "99 devices for 45 layers" in found.problem
