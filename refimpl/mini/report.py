@@ -101,7 +101,7 @@ def page(measured: dict[str, Any], log: list[dict[str, Any]]) -> str:
     for run in prompts["runs"][:SAMPLES]:
         text = "\n".join(run["continuation"].splitlines()[:10])
         verdict = "parses" if run["parses"] else "does not parse"
-        lines += ["", f"`{run['path']}`, `{run['function']}` ({verdict}):", "", "```python"]
+        lines += ["", f"`{run['path']}`, `{run['function']}` ({verdict}):", "", "```text"]
         lines += [text, "```"]
     return "\n".join(lines) + "\n"
 
