@@ -8,26 +8,41 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STEP = re.compile(r"^\$ (?P<command>.*(?:\\\n.*)*)\n(?P<output>(?:(?!\$ |```).*\n)*)", re.M)
 
 
-def refreshed(step: re.Match[str]) -> str:
-    """One command with its present output."""
-    if "..." in step["output"]:
-        return step[0]
+def refresher(folder: Path) -> Callable[[re.Match[str]], str]:
+    """Gives commands their present output; they run in `folder`, where the README's paths exist."""
+    for name in ("README.md", "refimpl", "hwmodel", "bench", "reports", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-    done = subprocess.run(
-        ["bash", "-c", step["command"]],
-        cwd=ROOT,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode in (0, 1), f"{step['command']}\n{done.stderr}"
-    return f"$ {step['command']}\n{done.stdout.strip()}\n"
+
+    def refreshed(step: re.Match[str]) -> str:
+        if "..." in step["output"]:
+            return step[0]
+        done = subprocess.run(
+            ["bash", "-c", step["command"]],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (0, 1), f"{step['command']}\n{done.stderr}"
+        printed = done.stdout.strip("\n")
+        return f"$ {step['command']}\n" + (f"{printed}\n" if printed else "")
+
+    return refreshed
+
+
+def refreshed_block(block: re.Match[str]) -> str:
+    """One console block, run in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return block[0].replace(block[1], STEP.sub(refresher(Path(folder)), block[1]))
 
 
 def main() -> None:
@@ -35,7 +50,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     blocks = re.compile(r"^```console\n(.*?)^```", re.M | re.S)
-    new = blocks.sub(lambda b: b[0].replace(b[1], STEP.sub(refreshed, b[1])), text)
+    new = blocks.sub(refreshed_block, text)
     readme.write_text(new, encoding="utf-8")
 
 
