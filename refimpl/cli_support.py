@@ -1,4 +1,8 @@
-"""What the commands of `refimpl` share: errors as one sentence, commands loaded when used."""
+"""What the command lines share: errors as one sentence, commands loaded when used.
+
+`SentenceGroup` serves all three packages (click and `refimpl.errors` is all it needs); the rest is
+for the commands of `refimpl`.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,14 @@ class SentenceGroup(click.Group):
         super().__init__(*args, **kwargs)
         self._lazy = dict(lazy or {})
 
+    def note(self, message: str) -> None:
+        """Print a remark to stderr, as one line."""
+        note(message)
+
+    def complain(self, message: str) -> None:
+        """Print an error to stderr, as one line."""
+        self.note(f"error: {message}")
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands."""
         return sorted([*super().list_commands(ctx), *self._lazy])
@@ -62,7 +74,7 @@ class SentenceGroup(click.Group):
             error.show()
             code = BAD_INPUT
         except click.ClickException as error:
-            complain(_usage_sentence(error))
+            self.complain(_usage_sentence(error))
             code = BAD_INPUT
         except click.Abort:
             code = INTERRUPTED
@@ -73,21 +85,23 @@ class SentenceGroup(click.Group):
         try:
             return super().invoke(ctx)
         except RefimplError as error:
-            complain(str(error))
+            self.complain(str(error))
         except BrokenPipeError:
             _forget_stdout()
             ctx.exit(BROKEN_PIPE)
         except OSError as error:
-            complain(f"{error.filename or 'output'}: {error.strerror or error}")
+            self.complain(f"{error.filename or 'output'}: {error.strerror or error}")
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if package in ("", "refimpl"):
+            if package in ("", "refimpl", "hwmodel", "bench"):
                 raise
-            complain(f"the package '{package}' is missing; install it with: pip install {package}")
+            self.complain(
+                f"the package '{package}' is missing; install it with: pip install {package}"
+            )
         except MemoryError:
-            complain("not enough memory for this; use a smaller model or a shorter context")
+            self.complain("not enough memory for this; use a smaller model or a shorter context")
         except KeyboardInterrupt:
-            note("interrupted")
+            self.note("interrupted")
             ctx.exit(INTERRUPTED)
         ctx.exit(BAD_INPUT)
 
@@ -96,11 +110,6 @@ def _usage_sentence(error: click.ClickException) -> str:
     message = error.format_message().rstrip(".")
     ctx = getattr(error, "ctx", None)
     return f"{message} (see '{ctx.command_path} --help')" if ctx is not None else message
-
-
-def complain(message: str) -> None:
-    """Print an error to stderr, as one line."""
-    note(f"error: {message}")
 
 
 def note(message: str) -> None:
