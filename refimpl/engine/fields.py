@@ -67,7 +67,8 @@ class Layer(IntEnum):
     SHARED_UP = 30
     SHARED_DOWN = 31
     ROUTER = 32
-    SIZE = 33
+    USED = 33  # distinct experts used so far, summed over steps
+    SIZE = 34
 
 
 class Kv(IntEnum):
@@ -138,7 +139,12 @@ class Step(IntEnum):
     OUT_BYTES = 51
     STORE = 52  # addresses of attention.storing and attention.attending
     ATTEND = 53
-    SIZE = 54
+    PARTS = 54  # ATTENTION_PART, FFN_PART or both
+    SIZE = 55
+
+
+ATTENTION_PART, FFN_PART = 1, 2
+"""Halves of the layers that a step runs; all but traced runs have both."""
 
 
 @njit(forceinline=True)

@@ -13,7 +13,7 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
 from refimpl.engine.attention import KvType, attending, state_bytes, storing
 from refimpl.engine.caches import EngineCache
-from refimpl.engine.fields import Step, float_bits
+from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Step, float_bits
 from refimpl.engine.memory import Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
 from refimpl.engine.records import LayerRecord, Records, Site, layer_record
@@ -71,6 +71,7 @@ class Program:
         start: int,
         head_first: int,
         embedded: Array | None = None,
+        parts: int = ATTENTION_PART | FFN_PART,
     ) -> tuple[Array, Array]:
         """Run rows through layers: h (T, H) float32 -> (T, H) and logits (T - head_first, V).
 
@@ -79,6 +80,7 @@ class Program:
             start: position of the first row.
             head_first: first row whose logits are wanted.
             embedded: (T, H) embeddings; with them the MTP layer's input projection comes first.
+            parts: which halves of the layers are run.
 
         Raises:
             CheckpointError: the checkpoint file shrank.
@@ -90,20 +92,23 @@ class Program:
             rows[:] = h
             given = None if embedded is None else np.ascontiguousarray(embedded, np.float32)
             self._fill(len(h), layers, cache, start, given)
-            self._fill_head(self._heads[layers[-1]], head_first, logits)
+            if len(logits):
+                self._fill_head(self._heads[layers[-1]], head_first, logits)
+            self._step[Step.PARTS] = parts
             self._team.run(self._run, address(self._step))
             return rows.copy(), logits
 
     def _fill(self, count: int, layers: range, cache: EngineCache, start: int,
               embedded: Array | None) -> None:  # fmt: skip
         """What differs from run to run: rows, layers, caches, positions."""
-        step, head = self._step, self._heads[layers[-1]]
+        step = self._step
         self._rotations(start, count)
         step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
         step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
         step[Step.KV_TABLE] = address(cache.table) + 8 * layers[0]
-        step[Step.EMBEDDED] = 0
+        step[Step.EMBEDDED] = step[Step.HEAD] = 0
         if embedded is not None:
+            head = self._heads[layers[-1]]
             assert head.eh_site is not None
             step[Step.EMBEDDED] = address(embedded)
             step[Step.EH], step[Step.EH_PLAN] = head.eh, address(head.eh_site.plan)
@@ -112,9 +117,9 @@ class Program:
         step[Step.BARRIER_BASE] = int(self._barrier[:8].view(np.int64)[0])
 
     def _fill_head(self, head: _Head, first: int, logits: Array) -> None:
-        """Which head, for which rows, and where its logits go (none: no head is run)."""
+        """Which head, for which rows, and where its logits go."""
         step = self._step
-        step[Step.HEAD] = head.matrix if len(logits) else 0
+        step[Step.HEAD] = head.matrix
         step[Step.FINAL_NORM], step[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
         step[Step.HEAD_FIRST] = first
         step[Step.OUT_LOGITS], step[Step.OUT_BYTES] = address(logits), 4 * logits.shape[1]

@@ -10,9 +10,18 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 from numba import types
 
-from refimpl.engine.fields import Kv, Layer, Step, field, float_field
+from refimpl.engine.fields import (
+    ATTENTION_PART,
+    FFN_PART,
+    Kv,
+    Layer,
+    Step,
+    field,
+    float_field,
+)
 from refimpl.engine.jit import cfunc
 from refimpl.engine.maths import rms_norm, rotate
 from refimpl.engine.moe import (
@@ -23,7 +32,7 @@ from refimpl.engine.moe import (
 )
 from refimpl.engine.simd import Simd
 from refimpl.engine.sync import call_address
-from refimpl.engine.vec import device, load_i64
+from refimpl.engine.vec import device, load_i64, store_i64
 from refimpl.engine.work import (
     FREE,
     adding_phase,
@@ -53,17 +62,19 @@ def runner(simd: Simd) -> Any:
         mine = scratch_of(step, thread)
         begin(mine)
         # Read before the last barrier: after it the record may already describe the next step.
-        head = field(step, Step.HEAD)
+        head, parts = field(step, Step.HEAD), field(step, Step.PARTS)
         if field(step, Step.EMBEDDED):
             _mtp_input(step, mine)
         for i in range(field(step, Step.LAYERS)):
             layer = load_i64(field(step, Step.LAYER_TABLE) + 8 * i)
             cache = load_i64(field(step, Step.KV_TABLE) + 8 * i)
-            _attention(step, layer, cache, mine)
-            if field(layer, Layer.IS_MOE):
-                _moe(step, layer, mine, thread)
-            else:
-                _dense(step, layer, mine)
+            if parts & ATTENTION_PART:
+                _attention(step, layer, cache, mine)
+            if parts & FFN_PART:
+                if field(layer, Layer.IS_MOE):
+                    _moe(step, layer, mine, thread)
+                else:
+                    _dense(step, layer, mine)
         if head:
             _head(step, mine, head)
 
@@ -247,6 +258,8 @@ def _moe(step, layer, mine, thread):
     wait(step, mine)
     if thread == 0:
         group_by_expert(step)
+        used = field(layer, Layer.USED) + load_i64(field(step, Step.GROUPS))
+        store_i64(layer + 8 * np.int64(Layer.USED), used)
     wait(step, mine)
     expert_swiglu_phase(step, layer, mine)
     wait(step, mine)
