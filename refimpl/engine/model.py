@@ -18,6 +18,7 @@ from refimpl.engine.program import Program
 from refimpl.engine.simd import choose_simd
 from refimpl.engine.threads import Team, default_threads
 from refimpl.errors import InputError
+from refimpl.reference.trace import Trace
 
 _MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
 MICRO_BATCH = 256
@@ -95,34 +96,32 @@ class EngineModel:
         tokens: Tokens,
         cache: Cache,
         all_logits: bool = False,
-        trace: object | None = None,
+        trace: Trace | None = None,
     ) -> Step:
         """Append a chunk of T prompt tokens; logits (1, V), or (T, V) with `all_logits`.
 
+        Each micro-batch counts as one step of `trace`: weights are read once in each.
+
         Raises:
-            InputError: bad tokens or lengths, or a trace: the engine keeps no activations.
+            InputError: bad tokens or lengths.
         """
-        if trace is not None:
-            raise InputError(
-                "the engine does not record activations; use --backend reference for that"
-            )
         ids, own = self._checked(tokens, cache)
         logits, hidden = [], []
         for at in range(0, len(ids), self._micro_batch):
             part = ids[at : at + self._micro_batch]
             last = at + len(part) == len(ids)
             wanted = len(part) if all_logits else int(last)
-            step = self._trunk(part, own, wanted)
+            step = self._trunk(part, own, wanted, trace)
             logits.append(step.logits)
             hidden.append(step.hidden)
         return Step(np.concatenate(logits), np.concatenate(hidden))
 
-    def decode(self, tokens: Tokens, cache: Cache) -> Step:
+    def decode(self, tokens: Tokens, cache: Cache, trace: Trace | None = None) -> Step:
         """Append 1..4 tokens; logits (T, V) of every row."""
         ids, own = self._checked(tokens, cache)
         if len(ids) > _MAX_DECODE_ROWS:
             raise InputError(f"decode takes 1 to {_MAX_DECODE_ROWS} tokens, not {len(ids)}")
-        return self._trunk(ids, own, len(ids))
+        return self._trunk(ids, own, len(ids), trace, row_by_row=True)
 
     def draft(
         self,
@@ -178,11 +177,39 @@ class EngineModel:
         """End the engine's threads; the model cannot be used afterwards."""
         self._team.close()
 
-    def _trunk(self, ids: Array, cache: EngineCache, wanted: int) -> Step:
+    def mtp_teacher_forced(self, tokens: Tokens, hidden: Array) -> list[tuple[Array, Array]]:
+        """Logits (T-1-k, V) and block outputs (T-1-k, H) of every MTP layer k over a known text,
+        as `ReferenceModel.mtp_teacher_forced`."""
+        ids, first = self._ids(tokens).tolist(), self.config.num_hidden_layers
+        cache, u, out = self.new_cache(len(ids)), hidden, []
+        for k in range(self.config.num_nextn_predict_layers):
+            count = max(0, len(ids) - 1 - k)
+            rows, logits = [u[:0]], [np.empty((0, self.config.vocab_size), dtype=np.float32)]
+            for at in range(0, count, self._micro_batch):
+                part = slice(at, min(at + self._micro_batch, count))
+                embedded = self._embedded(ids[k + 1 :][part])
+                layers = range(first + k, first + k + 1)
+                made = self._program.run(u[part], layers, cache, at, 0, embedded)
+                rows.append(made[0])
+                logits.append(made[1])
+            u = np.concatenate(rows)
+            out.append((np.concatenate(logits), u))
+        return out
+
+    def _trunk(self, ids: Array, cache: EngineCache, wanted: int, trace: Trace | None = None,
+               row_by_row: bool = False) -> Step:  # fmt: skip
         """Run T rows; logits of the last `wanted` ones."""
-        h = self._source.rows("embed_tokens", None, ids.tolist(), np.float32)
+        h = self._embedded(ids.tolist())
         n = self.config.num_hidden_layers
-        hidden, logits = self._program.run(h, range(n), cache, cache.length, len(ids) - wanted)
+        if trace is not None:
+            from refimpl.engine.tracing import Tracer
+
+            trace.begin_step()
+            tracer = Tracer(self._source, self._program)
+            step = tracer.trunk(ids.tolist(), h, cache, wanted, row_by_row, trace)
+            hidden, logits = step.hidden, step.logits
+        else:
+            hidden, logits = self._program.run(h, range(n), cache, cache.length, len(ids) - wanted)
         cache.tokens.extend(ids.tolist())
         cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
         return Step(logits, hidden)
@@ -195,7 +222,7 @@ class EngineModel:
         out = []
         for at in range(0, len(u), self._micro_batch):
             part = slice(at, at + self._micro_batch)
-            embedded = self._source.rows("embed_tokens", None, ids[part], np.float32)
+            embedded = self._embedded(ids[part])
             count = len(embedded)
             last = at + count == len(u)
             rows, logits = self._program.run(
@@ -204,6 +231,10 @@ class EngineModel:
             )  # fmt: skip
             out.append(rows)
         return np.concatenate(out), logits[0]
+
+    def _embedded(self, ids: list[int]) -> Array:
+        """Rows of the embedding table, (T, H) float32."""
+        return self._source.rows("embed_tokens", None, ids, np.float32)
 
     def _checked(self, tokens: Tokens, cache: Cache) -> tuple[Array, EngineCache]:
         own, ids = self._own(cache), self._ids(tokens)

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from refimpl.backend import Array
 from refimpl.checkpoint.stored import StoredSource
@@ -56,7 +56,7 @@ class Program:
         self._heads = self._all_heads()
         self._table: NDArray[np.int64] = np.array([r.address for r in self._layers], np.int64)
         self._step = self._records.record(Step.SIZE)
-        self._memory: list[Bytes] = []
+        self._memory: dict[Step, Bytes] = {}
         self._barrier = zeroed(64)
         self._allocate()
         self._fixed_fields(simd, kv)
@@ -97,6 +97,21 @@ class Program:
             self._step[Step.PARTS] = parts
             self._team.run(self._run, address(self._step))
             return rows.copy(), logits
+
+    def field(self, number: Step) -> int:
+        """A field of the step's record."""
+        return int(self._step[number])
+
+    def working(self, number: Step, dtype: DTypeLike, shape: tuple[int, int]) -> Array:
+        """What the last run left in a part of the working memory: a view, as (rows, columns)."""
+        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        return self._memory[number][:size].view(dtype).reshape(shape)
+
+    def normed(self, rows: int) -> Array:
+        """A copy of the normed rows (rows, H) that the last run gave to its output head."""
+        shape = (rows, self.field(Step.BLOB_BYTES) // 4)
+        normed = self.working(Step.BLOB, np.float32, shape)[:, : self._config.hidden_size]
+        return normed.copy()
 
     def _fill(self, count: int, layers: range, cache: EngineCache, start: int,
               embedded: Array | None) -> None:  # fmt: skip
@@ -206,7 +221,7 @@ class Program:
         }
         require_memory(sum(wanted.values()), f"working memory for {t} rows at once")
         parts = {number: zeroed(size) for number, size in wanted.items()}
-        self._memory = list(parts.values())
+        self._memory = parts
         for number, part in parts.items():
             step[number] = address(part)
         self._h = parts[Step.H].view(np.float32).reshape(t, c.hidden_size)

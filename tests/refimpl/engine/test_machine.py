@@ -13,7 +13,6 @@ from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
 from refimpl.engine.threads import Team, default_threads
 from refimpl.errors import InputError
-from refimpl.reference.trace import Trace
 
 V2 = {"avx2", "fma", "f16c"}
 V4 = V2 | {"avx512f", "avx512bw", "avx512vl"}
@@ -87,6 +86,4 @@ def test_the_engine_opens_by_name(tiny_gguf: Callable[[str, str], StoredSource])
     assert model.threads == 1
     with pytest.raises(InputError, match="--dtype bf16 belongs to the reference"):
         open_backend(source, "engine", "bf16")
-    with pytest.raises(InputError, match="does not record activations"):
-        model.prefill([1], model.new_cache(4), trace=Trace())
     model.close()
