@@ -23,6 +23,7 @@ from refimpl.decoding.generation import (
     StepRecord,
     Timings,
 )
+from refimpl.decoding.kept import KeptCache
 from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.decoding.policy import AutoDepth, DraftPolicy, FixedDepth
 from refimpl.decoding.sampling import fresh_seed
@@ -42,6 +43,8 @@ def generate(
     new_decoder: Callable[[], TextDecoder] | None = None,
     on_tokens: OnTokens | None = None,
     on_prefill: OnPrefill | None = None,
+    kept: KeptCache | None = None,
+    mark: int = 0,
 ) -> Generation:
     """Continue `prompt_ids` until a stop, the wanted number of tokens, or the context's end.
 
@@ -53,6 +56,9 @@ def generate(
         on_tokens: called after each step with its new ids and the text that can now be shown;
             once more at the end, with no ids, if text was still held back.
         on_prefill: called after each chunk with the tokens done and the tokens in all.
+        kept: the cache of a conversation: what it holds of the prompt is not run again. Its
+            capacity should be `options.context`.
+        mark: after so many tokens of the prompt, mark the moment in `kept` (0: do not).
 
     Returns:
         What there is; after Ctrl-C (KeyboardInterrupt, from anywhere) what there is until then.
@@ -63,9 +69,9 @@ def generate(
     """
     if options.stop_strings and new_decoder is None:
         raise InputError("stop strings need the text: give generate() a decoder")
-    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens)
+    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens, kept)
     try:
-        run.prefill(on_prefill)
+        run.prefill(on_prefill, mark)
         while run.finish_reason is None:
             run.step()
         run.flush()
@@ -123,6 +129,7 @@ class _Run:
         options: GenerateOptions,
         new_decoder: Callable[[], TextDecoder] | None,
         on_tokens: OnTokens | None,
+        kept: KeptCache | None,
     ) -> None:
         config = backend.config
         layers = config.num_nextn_predict_layers
@@ -143,7 +150,10 @@ class _Run:
         self._on_tokens = on_tokens
         # Drafts may go beyond the last wanted token, but never beyond the context.
         wanted = len(self._prompt) + options.max_new_tokens + layers
-        self._cache = backend.new_cache(min(wanted, context))
+        self._kept = kept or KeptCache(backend, min(wanted, context))
+        self._done = self._kept.begin(self._prompt, self._drafting)
+        self._cache = self._kept.cache
+        self._all = list(self._prompt)  # tokens of the trunk and the newest one
         self._seed = None if sampling.greedy else seed
         self._picker = Picker(sampling, np.random.default_rng(seed))
         self._verified: tuple[Array, list[int]]  # newest rows (R, H) and the token after each
@@ -154,15 +164,24 @@ class _Run:
         self._records: list[StepRecord] = []
         self.finish_reason: FinishReason | None = None
 
-    def prefill(self, on_prefill: OnPrefill | None) -> None:
-        """Run the prompt and emit the first new token."""
-        prompt, size = self._prompt, self._options.prefill_chunk
-        for start in range(0, len(prompt), size):
+    def prefill(self, on_prefill: OnPrefill | None, mark: int) -> None:
+        """Run the prompt, except what the cache holds of it, and emit the first new token."""
+        prompt, end = self._prompt, self._done
+        self._kept.busy()
+        if self._kept.waiting is not None:
+            self._draft(*self._kept.waiting, 0)
+        while end < len(prompt):
             began = time.perf_counter()
-            end = min(start + size, len(prompt))
+            start, end = end, min(end + self._options.prefill_chunk, len(prompt))
+            if start < mark < len(prompt):
+                end = min(end, mark)
+            self._kept.busy()
             step = self._backend.prefill(prompt[start:end], self._cache)
             if end < len(prompt):
                 self._draft(step.hidden, prompt[start + 1 : end + 1], 0)
+                self._kept.hold(prompt[: end + 1], None)
+            if end == mark < len(prompt):
+                self._kept.mark()
             self._prefill_s += time.perf_counter() - began
             if on_prefill is not None:
                 on_prefill(end, len(prompt))
@@ -172,6 +191,7 @@ class _Run:
         self._prefill_s += now - began
         self._ttft_s = now - self._started
         self._verified = step.hidden, [*prompt[start + 1 :], token]
+        self._hold([token])
         self._first, text, self.finish_reason = self._ending.push([token])
         self._show(self._first, text)
 
@@ -179,17 +199,23 @@ class _Run:
         """Draft, verify, keep what stands, emit it."""
         began = time.perf_counter()
         hidden, tokens = self._verified
+        self._kept.busy()
         drafts = self._draft(hidden, tokens, self._depth())
         step = self._backend.decode([tokens[-1], *drafts], self._cache)
         verdict = self._picker.verify(step.logits, drafts)
         self._cache.rollback(len(drafts) - verdict.accepted)
         new = [*drafts[: verdict.accepted], verdict.token]
         self._verified = step.hidden[: len(new)], new
+        self._hold(new)
         seconds = time.perf_counter() - began
         self._policy.update(len(drafts), verdict.accepted, seconds)
         ids, text, self.finish_reason = self._ending.push(new)
         self._records.append(StepRecord(len(drafts), ids, seconds))
         self._show(ids, text)
+
+    def _hold(self, new: Sequence[int]) -> None:
+        self._all += new
+        self._kept.hold(self._all, self._verified if self._drafting else None)
 
     def _depth(self) -> int:
         """Drafts of the next step: what the policy wants and the context has room for."""
@@ -231,6 +257,7 @@ class _Run:
                 ttft_s=self._ttft_s,
                 decoded_tokens=len(decoded),
                 decode_s=sum(r.seconds for r in records),
+                reused_tokens=self._done,
             ),
             mtp=DraftStats.of(records),
         )

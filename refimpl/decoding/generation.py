@@ -107,7 +107,8 @@ class Timings:
     """Seconds, callbacks excluded except in `ttft_s`.
 
     Attributes:
-        prefill_s: the prompt through the trunk (and the MTP layers, if they draft).
+        prompt_tokens: tokens of the prompt; `reused_tokens` of them were in a cache already.
+        prefill_s: the rest of the prompt through the trunk (and the MTP layers, if they draft).
         ttft_s: from the call to the first token, None where none came.
         decode_s: all steps after that.
     """
@@ -117,11 +118,13 @@ class Timings:
     ttft_s: float | None
     decoded_tokens: int
     decode_s: float
+    reused_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
         """Speed of the prefill; None where nothing was measured."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else None
+        ran = self.prompt_tokens - self.reused_tokens
+        return ran / self.prefill_s if self.prefill_s > 0 else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -158,6 +161,7 @@ class Generation:
             "seed": self.seed,
             "timings": {
                 "prompt_tokens": t.prompt_tokens,
+                "reused_tokens": t.reused_tokens,
                 "prefill_s": t.prefill_s,
                 "prefill_tokens_per_s": t.prefill_tokens_per_s,
                 "ttft_s": t.ttft_s,

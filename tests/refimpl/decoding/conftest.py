@@ -61,6 +61,14 @@ class FakeCache:
         assert 0 <= n <= 3
         del self.tokens[len(self.tokens) - n :]
 
+    def snapshot(self) -> tuple[int, int]:
+        return len(self.tokens), self.fed
+
+    def restore(self, snapshot: tuple[int, int]) -> None:
+        length, self.fed = snapshot
+        assert length <= len(self.tokens)
+        del self.tokens[length:]
+
 
 class MarkovBackend:
     """Logits of the next token depend on the last two; drafts use the same mixed with noise.

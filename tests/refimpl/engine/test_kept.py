@@ -10,13 +10,13 @@ from refimpl.decoding.kept import KeptCache
 
 @pytest.mark.parametrize("mtp", [0, 3])
 def test_back_to_the_mark_and_on_from_the_end(engine, mtp: int) -> None:
-    model = engine("tiny_a", "f32")
-    prompt = np.random.default_rng(0).integers(5, 400, 330).tolist()
-    options = GenerateOptions(max_new_tokens=20, mtp=mtp, context=800, stop_tokens=())
-    kept = KeptCache(model, 800)
+    model = engine("tiny_a", "f32", micro_batch=16)
+    prompt = np.random.default_rng(0).integers(5, 300, 330).tolist()
+    options = GenerateOptions(max_new_tokens=20, mtp=mtp, context=512, stop_tokens=())
+    kept = KeptCache(model, 512)
     first = generate(model, prompt, options, kept=kept, mark=300)
     on = [*prompt, *first.ids, 3, 4]
-    branch = [*prompt[:301], *range(5, 300)]
+    branch = [*prompt[:301], *range(5, 180)]
     for after, reused in ((on, 330 + 19), (branch, 300), ([*branch[:301], 9], 300)):
         made = generate(model, after, options, kept=kept)
         fresh = generate(model, after, options)
