@@ -6,12 +6,55 @@ which a checker of Python types knows nothing.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 from numba import extending
+from numba.core import event
 
-cfunc: Any = numba.cfunc
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
 overload: Any = extending.overload
+
+
+def cfunc(signature: Any, **options: Any) -> Callable[[Any], Any]:
+    """`numba.cfunc`, which keeps compiled code beside the sources or, where that folder is
+    read-only, in the user's cache folder; where neither can be written it is not kept."""
+
+    def decorate(function: Any) -> Any:
+        try:
+            return numba.cfunc(signature, **options)(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            return numba.cfunc(signature, **{**options, "cache": False})(function)
+
+    return decorate
+
+
+class _Once(event.Listener):  # type: ignore[misc]
+    """Calls a function when the first compilation begins."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def on_start(self, event: Any) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def announced(function: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `function` once if anything is compiled inside, before it is; code that is found
+    compiled on disk does not count."""
+    if function is None:
+        yield
+        return
+    with event.install_listener("numba:run_pass", _Once(function)):
+        yield

@@ -8,6 +8,7 @@ sub-blocks. No tensor is decoded; only norms and biases, a few kilobytes each, a
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import LayerSpec
 from refimpl.engine.activations import FLOAT, form_bytes, form_of
+from refimpl.engine.faults import unwatch, watch
 from refimpl.engine.fields import Layer, Matrix, float_bits
+from refimpl.engine.files import MappedFile
 from refimpl.engine.formats import FORMATS, SUB_BLOCK
 from refimpl.engine.kernels import PLAIN, kernel
 from refimpl.engine.memory import address
@@ -55,21 +58,16 @@ class Records:
     def __init__(self, source: StoredSource, simd: Simd, exact: bool) -> None:
         self.source, self._simd, self._exact = source, simd, exact
         self._kept: list[Any] = []
-        self._maps: dict[int, tuple[mmap.mmap, int]] = {}
+        self.files: dict[int, MappedFile] = {}
 
     def check_files(self) -> None:
         """Refuse to go on if a mapped file has become shorter.
 
         Raises:
-            CheckpointError: it has; reading what is gone would end the process.
+            CheckpointError: it has.
         """
-        for mapped, size in self._maps.values():
-            now = mapped.size()
-            if now < size:
-                raise CheckpointError(
-                    f"the checkpoint file shrank from {size} to {now} bytes while it was open; "
-                    "restore it and open it again"
-                )
+        for file in self.files.values():
+            file.check()
 
     def keep(self, array: NDArray[Any]) -> int:
         """The address of an array, which stays alive with these records."""
@@ -156,8 +154,11 @@ class Records:
         base: Any = tensor.rows
         while isinstance(base, np.ndarray | memoryview):
             base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap):
-            self._maps.setdefault(id(base), (base, len(base)))
+        if isinstance(base, mmap.mmap) and id(base) not in self.files:
+            file = MappedFile.of(base, tensor.where.partition(": tensor ")[0])
+            self.files[id(base)] = file
+            watch(file)
+            weakref.finalize(self, unwatch, file)
 
 
 @dataclass(frozen=True)
