@@ -34,7 +34,7 @@ def cfunc(signature: Any, **options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-class _Once(event.Listener):  # type: ignore[misc]
+class _Once(event.Listener):
     """Calls a function when the first compilation begins."""
 
     def __init__(self, function: Callable[[], None]) -> None:
