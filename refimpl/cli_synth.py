@@ -28,11 +28,12 @@ _TYPES = [
 @click.option(
     "--type",
     "file_type",
-    type=click.Choice(_TYPES),
+    type=click.Choice([*_TYPES, "fp8"]),
     default="bf16",
     show_default=True,
-    help="How matrices are stored: f32, f16, bf16 in a folder; in a GGUF file any, of which "
-    "q4_k_s is the mixture of the official file (tiny presets: those of convert).",
+    help="How matrices are stored: in a folder f32, f16, bf16, or fp8 (the routed experts, the "
+    "rest bf16, as published); in a GGUF file any but fp8, of which q4_k_s is the mixture of the "
+    "official file (tiny presets: those of convert).",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="S")
 @click.option(

@@ -28,6 +28,15 @@ def load_hf_config(path: Path) -> ModelConfig:
         CheckpointError: the file is missing, too large or not a JSON object.
         ConfigError: a field is missing, has the wrong type or contradicts another.
     """
+    return from_hf(read_config_json(path))
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The object in a `config.json` file, as it is.
+
+    Raises:
+        CheckpointError: the file is missing, too large or not a JSON object.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
@@ -39,7 +48,7 @@ def load_hf_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object with the model's configuration")
-    return from_hf(data)
+    return data
 
 
 def from_hf(data: Mapping[str, Any]) -> ModelConfig:

@@ -55,6 +55,7 @@ def check_values(
             done += int(tensor.rows[start : start + step].size)
             if progress:
                 progress(done, total)
+        done += tensor.stored_bytes - int(tensor.rows.size)  # scales, read along the way
         findings += [Finding(_name(tensor), problem) for problem in statistics.problems()]
     return findings + _norm_findings(source, [t.spec for t in tensors if t.spec.plus_one])
 
@@ -89,6 +90,9 @@ class _Statistics:
 
     def _look_at_scales(self, start: int, stop: int) -> None:
         kind = self._tensor.kind
+        if self._tensor.scales is not None:
+            for what, bad in self._tensor.scales.scale_faults(start, stop).items():
+                self._count_scales(what, bad, start)
         for place in SCALE_FIELDS.get(kind.name, ()):
             scales = field_values(self._tensor.rows[start:stop], kind.block_bytes, place)
             broken = ~np.isfinite(scales)

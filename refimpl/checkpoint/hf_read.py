@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from refimpl.checkpoint.block_types import PLAIN, block_type
+from refimpl.checkpoint.hf_layout import Layout, layout_of
 from refimpl.checkpoint.safetensors_read import Entry, read_safetensors
 from refimpl.checkpoint.stored import (
     DEFAULT_CACHE_BYTES,
     StoredSource,
-    StoredTensor,
     Wanted,
     extra_warning,
     missing_mtp,
-    missing_tensor,
     no_mtp_warning,
 )
-from refimpl.config_io import load_hf_config
+from refimpl.config_io import from_hf, read_config_json
 from refimpl.errors import CheckpointError
 from refimpl.inventory import TensorSpec, inventory
 
@@ -29,10 +28,12 @@ MAX_INDEX_BYTES = 64 << 20
 def open_hf(
     folder: Path, cache_bytes: int = DEFAULT_CACHE_BYTES, wanted: Wanted | None = None
 ) -> StoredSource:
-    """Open a folder with config.json and model*.safetensors (BF16, F16 or F32).
+    """Open a folder with config.json and model*.safetensors.
 
-    Every tensor that the configuration demands is checked by name, shape and type. MTP layers
-    that are declared but wholly absent become a warning and are switched off.
+    Weights are BF16, F16, F32, or FP8 with block scales; folders of mlx-lm are read too (see
+    `refimpl.checkpoint.hf_layout`). Every tensor that the configuration demands is checked by
+    name, shape and type. MTP layers that are declared but wholly absent become a warning and are
+    switched off.
 
     Args:
         wanted: the tensors that are needed; shards that hold none of them may be missing.
@@ -41,24 +42,45 @@ def open_hf(
         ConfigError: config.json contradicts itself.
         CheckpointError: names the file and tensor, what was found and what was expected.
     """
-    config = load_hf_config(folder / "config.json")
+    data = read_config_json(folder / "config.json")
+    config = from_hf(data)
     if wanted is not None:
         specs = [spec for spec in inventory(config) if wanted(spec)]
-        found = _all_entries(folder, {spec.hf_name for spec in specs})
-        tensors = [_checked(folder, spec, found) for spec in specs]
+        layout = layout_of(data, indexed_names(folder))
+        found = _all_entries(folder, _names(layout, specs))
+        tensors = [layout.stored(folder, spec, found) for spec in specs]
         return StoredSource(config, tensors, (), cache_bytes)
     found = _all_entries(folder)
+    layout = layout_of(data, found)
     warnings = []
     specs = list(inventory(config))
-    if missing_mtp(specs, lambda t: t.hf_name in found):
+    if missing_mtp(specs, lambda t: layout.name(t) in found):
         warnings.append(no_mtp_warning(folder, config))
         config = config.without_mtp()
         specs = list(inventory(config))
-    tensors = [_checked(folder, spec, found) for spec in specs]
-    extra = found.keys() - {spec.hf_name for spec in specs}
+    tensors = [layout.stored(folder, spec, found) for spec in specs]
+    extra = found.keys() - _names(layout, specs)
     if extra:
         warnings.append(extra_warning(folder, extra))
     return StoredSource(config, tensors, warnings, cache_bytes)
+
+
+def _names(layout: Layout, specs: Iterable[TensorSpec]) -> set[str]:
+    """Names of the tensors `specs` and of their scales."""
+    return {name for s in specs for name in (layout.name(s), *layout.companions(s))}
+
+
+def indexed_names(folder: Path) -> Iterable[str]:
+    """Names of all tensors of a folder, whether or not their shards are there, from the index or,
+    without one, from the headers.
+
+    Raises:
+        CheckpointError: the index or a header is damaged.
+    """
+    if (folder / INDEX_NAME).exists():
+        return read_index(folder / INDEX_NAME).keys()
+    files = sorted(folder.glob("model*.safetensors"))
+    return [name for file in files for name in read_safetensors(file)]
 
 
 def _all_entries(
@@ -122,20 +144,3 @@ def read_index(path: Path) -> dict[str, str]:
                 f"{path}: {str(name)[:100]!r} is not the name of a safetensors file in this folder"
             )
     return weight_map
-
-
-def _checked(folder: Path, spec: TensorSpec, found: dict[str, tuple[str, Entry]]) -> StoredTensor:
-    if spec.hf_name not in found:
-        hint = "the checkpoint is incomplete or config.json belongs to another model"
-        raise missing_tensor(folder, spec.hf_name, spec.shape, hint)
-    file, entry = found[spec.hf_name]
-    where = f"{folder / file}: tensor {spec.hf_name}"
-    if entry.shape != spec.shape:
-        raise CheckpointError(
-            f"{where} has shape {entry.shape}, expected {spec.shape} by config.json"
-        )
-    if entry.dtype not in PLAIN:
-        raise CheckpointError(f"{where} has type {entry.dtype}, expected {', '.join(PLAIN)}")
-    kind = block_type(entry.dtype)
-    rows = entry.data.reshape(-1, kind.row_bytes(spec.shape[-1]))
-    return StoredTensor(spec, kind, rows, holds_one_plus=False, where=where)

@@ -12,7 +12,7 @@ from refimpl.checkpoint.listing import Listed, Listing, list_checkpoint
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.config_io import to_hf
 from refimpl.errors import CheckpointError
-from refimpl.inventory import ROLES, TensorSpec, active_parameters, parameters
+from refimpl.inventory import ROLES, active_parameters, parameters
 from refimpl.text.tokenizer import tokenizer_of
 
 Progress = Callable[[int, int], None]
@@ -87,6 +87,7 @@ class Inspection:
             f"{t.name} has shape {t.shape}, expected {t.spec.shape if t.spec else ()}"
             for t in self.listing.misshapen
         ]
+        found += [sentence for _, sentence in self.listing.faults]
         if self.tokenizer_problem:
             found.append(self.tokenizer_problem)
         return (*found, *(f"{f.tensor}: {f.problem}" for f in self.findings or ()))
@@ -112,7 +113,7 @@ class Inspection:
                 "declared": config.num_nextn_predict_layers,
                 "present": listing.mtp_present,
             },
-            "missing": [_file_name(listing, t) for t in listing.missing],
+            "missing": [listing.file_name(t) for t in listing.missing],
             "unexpected": [t.name for t in listing.unexpected],
             "misshapen": [
                 {"name": t.name, "shape": list(t.shape), "expected": list(t.spec.shape)}
@@ -129,15 +130,11 @@ def _list(values: tuple[float, ...] | None) -> list[float] | None:
     return None if values is None else list(values)
 
 
-def _file_name(listing: Listing, spec: TensorSpec) -> str:
-    return spec.gguf_name if listing.form == "GGUF" else spec.hf_name
-
-
 def _missing(listing: Listing, mtp_state: str) -> list[str]:
     lost = [t for t in listing.missing if t.role != "mtp" or mtp_state == "incomplete"]
     found = [f"the file {name} is missing" for name in listing.missing_files]
     if lost:
-        names = [_file_name(listing, t) for t in lost[:_SHOWN]]
+        names = [listing.file_name(t) for t in lost[:_SHOWN]]
         more = ", ..." if len(lost) > _SHOWN else ""
         found.append(f"{len(lost)} tensors are missing: {', '.join(names)}{more}")
     return found
@@ -201,6 +198,7 @@ def _tokenizer(listing: Listing) -> tuple[dict[str, Any] | None, str | None]:
 
 def _check(listing: Listing, progress: Progress | None) -> list[Finding]:
     usable = {t.spec for t in listing.tensors if t.spec is not None and t.fits and not t.scale}
+    usable -= {spec for spec, _ in listing.faults}
     source = open_checkpoint(listing.path, wanted=usable.__contains__)
     try:
         specs = [s for s in usable if s is not None]

@@ -6,7 +6,7 @@ which. Nothing but headers is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from typing import Any
 from refimpl.checkpoint.gguf_parts import read_gguf_parts
 from refimpl.checkpoint.gguf_read import GgufFile
 from refimpl.checkpoint.gguf_source import config_of, find_tensor
-from refimpl.checkpoint.hf_read import INDEX_NAME, read_index
-from refimpl.checkpoint.safetensors_read import read_safetensors
+from refimpl.checkpoint.hf_layout import Layout, layout_of
+from refimpl.checkpoint.hf_read import INDEX_NAME, indexed_names, read_index
+from refimpl.checkpoint.safetensors_read import Entry, read_safetensors
 from refimpl.config import ModelConfig
-from refimpl.config_io import load_hf_config
+from refimpl.config_io import from_hf, read_config_json
 from refimpl.errors import CheckpointError
 from refimpl.inventory import TensorSpec, gguf_inventory, inventory
-
-SCALE_SUFFIX = "_scale_inv"  # block scales of FP8 tensors: NAME.weight_scale_inv
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Listed:
     """One tensor of a file.
 
     Attributes:
-        kind: stored type by name ('BF16', 'Q4_K', ...).
+        kind: stored type by name ('BF16', 'Q4_K', 'F8_E4M3', 'MLX4_G64', ...).
         shape: Hugging Face order, slowest dimension first.
         spec: its row of the tensor table; None for a tensor that the model does not know.
         scale: the tensor holds the block scales of `spec` rather than its values.
@@ -58,6 +57,9 @@ class Listing:
         config: as declared, whether or not the tensors are there.
         missing: tensors that the configuration demands and no file holds.
         metadata: GGUF metadata, empty for safetensors.
+        faults: tensors that cannot be decoded (scales missing or of another shape, a type that
+            is not read), each with a sentence.
+        layout: of a folder: how it names tensors.
     """
 
     path: Path
@@ -68,6 +70,12 @@ class Listing:
     tensors: tuple[Listed, ...]
     missing: tuple[TensorSpec, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    faults: tuple[tuple[TensorSpec, str], ...] = ()
+    layout: Layout = field(default_factory=Layout)
+
+    def file_name(self, spec: TensorSpec) -> str:
+        """What the files call a tensor of the table."""
+        return spec.gguf_name if self.form == "GGUF" else self.layout.name(spec)
 
     @property
     def unexpected(self) -> tuple[Listed, ...]:
@@ -116,7 +124,8 @@ def _list_gguf(path: Path, file: GgufFile, config: ModelConfig) -> Listing:
 
 
 def _list_folder(folder: Path) -> Listing:
-    config = load_hf_config(folder / "config.json")
+    data = read_config_json(folder / "config.json")
+    config = from_hf(data)
     names = sorted(p.name for p in folder.glob("model*.safetensors"))
     if (folder / INDEX_NAME).exists():
         names = sorted(set(read_index(folder / INDEX_NAME).values()))
@@ -124,19 +133,37 @@ def _list_folder(folder: Path) -> Listing:
         raise CheckpointError(f"{folder}: no model*.safetensors beside config.json")
     present = [name for name in names if (folder / name).is_file()]
     absent = tuple(name for name in names if name not in present)
+    layout = layout_of(data, indexed_names(folder))
     specs = inventory(config)
-    of_name = {spec.hf_name: spec for spec in specs}
-    tensors = tuple(_listed(folder, present, of_name))
-    held = {t.name for t in tensors}
-    missing = tuple(spec for spec in specs if spec.hf_name not in held)
-    return Listing(folder, "safetensors", tuple(present), absent, config, tensors, missing)
+    found = {
+        name: (file, entry)
+        for file in present
+        for name, entry in read_safetensors(folder / file).items()
+    }
+    of_name = {layout.name(spec): spec for spec in specs}
+    tensors = tuple(_listed(layout, name, entry, of_name) for name, (_, entry) in found.items())
+    missing = tuple(spec for spec in specs if layout.name(spec) not in found)
+    faults = tuple(_faults(folder, layout, [t for t in tensors if t.fits], found))
+    return Listing(
+        folder, "safetensors", tuple(present), absent, config, tensors, missing,
+        faults=faults, layout=layout,
+    )  # fmt: skip
 
 
-def _listed(
-    folder: Path, names: Iterable[str], of_name: Mapping[str, TensorSpec]
-) -> Iterable[Listed]:
-    for file in names:
-        for name, entry in read_safetensors(folder / file).items():
-            base = name.removesuffix(SCALE_SUFFIX)
-            spec, size = of_name.get(base), int(entry.data.size)
-            yield Listed(name, entry.dtype, entry.shape, size, spec, scale=base != name)
+def _listed(layout: Layout, name: str, entry: Entry, of_name: Mapping[str, TensorSpec]) -> Listed:
+    base, size = layout.base(name), int(entry.data.size)
+    if base != name:
+        return Listed(name, entry.dtype, entry.shape, size, of_name.get(base), scale=True)
+    kind, shape = layout.shown(name, entry)
+    return Listed(name, kind, shape, size, of_name.get(name))
+
+
+def _faults(
+    folder: Path, layout: Layout, tensors: Iterable[Listed], found: Mapping[str, tuple[str, Entry]]
+) -> Iterator[tuple[TensorSpec, str]]:
+    for t in tensors:
+        if t.spec is not None and not t.scale:
+            try:
+                layout.stored(folder, t.spec, found)
+            except CheckpointError as error:
+                yield t.spec, str(error)

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -30,6 +30,20 @@ Wanted = Callable[[TensorSpec], bool]
 DEFAULT_CACHE_BYTES = 256 << 20
 
 
+class RowDecoder(Protocol):
+    """Decodes the rows of a tensor whose scales lie in other tensors of the file."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the scales in the file."""
+
+    def decode(self, rows: Array, index: Array) -> Array:
+        """Stored bytes (n, row_bytes) of the rows numbered `index` (n,) -> float32 (n, in)."""
+
+    def scale_faults(self, start: int, stop: int) -> Mapping[str, Array]:
+        """What cannot be about the scales of rows start..stop: a word to a mask (n, scales)."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a memory map.
@@ -41,6 +55,8 @@ class StoredTensor:
             (out, in) has E x out rows, a vector one row.
         holds_one_plus: for norms: the stored value is 1 + w (GGUF), not w (Hugging Face).
         where: file and name, for messages.
+        scales: what decodes the rows where their scales lie in other tensors (FP8, mlx-lm);
+            None if a row's bytes and `kind` are all it takes.
     """
 
     spec: TensorSpec
@@ -48,15 +64,24 @@ class StoredTensor:
     rows: Array
     holds_one_plus: bool
     where: str
+    scales: RowDecoder | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes in the file."""
-        return int(self.rows.size)
+        """Bytes in the file, scales included."""
+        return int(self.rows.size) + (0 if self.scales is None else self.scales.stored_bytes)
 
     def values(self, start: int, stop: int) -> Array:
         """Decoded rows start..stop, (stop - start, in); plain types as stored."""
-        return decode(self.kind, self.rows[start:stop])
+        if self.scales is None:
+            return decode(self.kind, self.rows[start:stop])
+        stop = min(stop, len(self.rows))
+        return self.scales.decode(self.rows[start:stop], np.arange(start, stop))
+
+    def picked(self, index: Array) -> Array:
+        """Decoded rows `index`, (len(index), in); plain types as stored."""
+        rows = self.rows[index]
+        return decode(self.kind, rows) if self.scales is None else self.scales.decode(rows, index)
 
 
 class StoredSource:
@@ -130,9 +155,8 @@ class StoredSource:
         if out_of_range.any():
             row = int(index[out_of_range][0])
             raise InputError(f"row {row} asked of '{key}', it has {tensor.spec.shape[0]} rows")
-        picked = tensor.rows[index]
-        self.decoded_bytes += picked.size
-        return _frozen(as_dtype(decode(tensor.kind, picked), dtype))
+        self.decoded_bytes += len(index) * tensor.rows.shape[1]
+        return _frozen(as_dtype(tensor.picked(index), dtype))
 
     def vector(self, key: str, layer: int | None, dtype: DTypeLike) -> Array:
         """A 1-D tensor (n,) as stored."""

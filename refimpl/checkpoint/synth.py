@@ -123,7 +123,7 @@ def synthesize(
     The tokenizer (see `refimpl.text.byte_tokenizer`) is left out if the vocabulary is too small.
 
     Args:
-        dtype: 'bf16', 'f16' or 'f32'; the values are drawn in float32 and rounded to it.
+        dtype: 'bf16', 'f16', 'f32' or 'fp8'; the values are drawn in float32 and rounded to it.
 
     Raises:
         InputError: `out_dir` exists already or cannot be written, or unknown dtype.

@@ -74,6 +74,33 @@ def tiny_c() -> ModelConfig:
     )
 
 
+def tiny_quantised() -> ModelConfig:
+    """The least of which whole folders are committed: every width fills groups of 64 values.
+
+    One dense full layer, one MoE sliding one whose clamps bite, one MTP layer.
+    """
+    return replace(
+        PRESETS["tiny_a"](),
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_nextn_predict_layers=1,
+        vocab_size=128,
+        num_attention_heads=2,
+        num_attention_groups=1,
+        sliding_attention_heads=4,
+        layer_types=(FULL, SLIDING, SLIDING),
+        rope_theta=(1e4, 1e3, 1e3),
+        partial_rotary_factors=(0.5, 1.0, 1.0),
+        moe_layers=(1,),
+        moe_num_experts=4,
+        moe_top_k=2,
+        moe_intermediate_size=64,
+        share_expert_dim=64,
+        swiglu_limits=(0.0, 0.75, 0.0),
+        swiglu_limits_shared=(0.0, 0.5, 0.0),
+    )
+
+
 # Of the first few seeds, those where float32 amplifies rounding least (the tolerance must hold for
 # any BLAS kernel) and no choice of token or expert is near a tie.
 CHECKPOINTS = {
