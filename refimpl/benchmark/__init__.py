@@ -1,0 +1,1 @@
+"""Timing a backend the way llama-bench does: what `refimpl bench` runs."""

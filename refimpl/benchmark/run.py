@@ -1,0 +1,229 @@
+"""Running the tests of a benchmark over one open model.
+
+Each test is warmed up (compiled kernels, pages of the map, threads), then timed over its
+repetitions; every repetition starts from the same cache. Tokens are random, as in llama-bench.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refimpl.backend import Array, Backend, Cache
+from refimpl.backends import model_path
+from refimpl.benchmark.plan import BenchTest, Settings
+from refimpl.benchmark.simulated import SimulatedAcceptance
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.errors import InputError
+from refimpl.inventory import inventory
+from refimpl.text.tokenizer import NO_TOKENIZER, Tokenizer
+
+Note = Callable[[str], None]
+_WARM_STEPS = 8
+_LOOP_PROMPT = 16  # random tokens before a loop without prompt or depth
+CHUNK = 2048  # tokens of one prefill call, llama-bench's default batch
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One test with its raw samples.
+
+    Attributes:
+        samples_ns: time of each repetition.
+        tokens: tokens timed in each repetition (differ only where a text ended early).
+        steps, drafted, accepted: of the draft-and-verify loop, summed over repetitions.
+        started: seconds since the epoch when the timed part began.
+        resident: see `refimpl.benchmark.resident`; after the test.
+    """
+
+    test: BenchTest
+    samples_ns: tuple[int, ...]
+    tokens: tuple[int, ...]
+    started: float
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    resident: dict[str, int] | None = None
+
+    @property
+    def samples_ts(self) -> tuple[float, ...]:
+        """Tokens per second of each repetition."""
+        pairs = zip(self.tokens, self.samples_ns, strict=True)
+        return tuple(1e9 * n / ns for n, ns in pairs)
+
+
+class Bench:
+    """An open model and what its tests share; close it, or use `open_bench`."""
+
+    def __init__(self, path: Path, source: StoredSource, backend: Backend, settings: Settings,
+                 tokenizer: Tokenizer | None) -> None:  # fmt: skip
+        self.path, self.source, self.backend, self.settings = path, source, backend, settings
+        self._tokenizer = tokenizer
+        self._rng = np.random.default_rng(settings.seed)
+
+    def run(self, test: BenchTest) -> BenchResult:
+        """Warm a test up and time it.
+
+        Raises:
+            InputError: it does not fit the model, its context or the machine's memory.
+        """
+        if test.mtp:
+            return self._loop(test)
+        cache, restore = self._at_depth(test)
+        work = self._prompt if test.n_prompt else self._steps
+        work(test, cache, True)
+        started, samples = time.time(), []
+        for _ in range(self.settings.repetitions):
+            restore()
+            samples.append(work(test, cache, False))
+        count = (test.tokens,) * len(samples)
+        return BenchResult(test, tuple(samples), count, started, resident=self._resident(cache))
+
+    def _at_depth(self, test: BenchTest) -> tuple[Cache, Callable[[], None]]:
+        """A cache with `n_depth` tokens, and what brings it back to there."""
+        cache = self.backend.new_cache(test.capacity)
+        if test.n_depth and self.settings.synthetic_kv:
+            cache.fill_synthetic(self._ids(test.n_depth), self.settings.seed)  # type: ignore[attr-defined]
+        elif test.n_depth:
+            self._prefill(cache, self._ids(test.n_depth))
+        saved = cache.snapshot()
+        return cache, lambda: cache.restore(saved)
+
+    def _prompt(self, test: BenchTest, cache: Cache, warm: bool) -> int:
+        ids = self._ids(test.n_prompt)
+        if warm:
+            ids = ids[:CHUNK]
+        began = time.perf_counter_ns()
+        self._prefill(cache, ids)
+        return time.perf_counter_ns() - began
+
+    def _steps(self, test: BenchTest, cache: Cache, warm: bool) -> int:
+        """Decoding steps of `n_rows` random tokens each, one of which stays."""
+        count = test.tokens // test.n_rows
+        ids = self._ids(min(count, _WARM_STEPS) * test.n_rows if warm else test.tokens)
+        rows = ids.reshape(-1, test.n_rows)
+        decode, rollback = self.backend.decode, cache.rollback
+        began = time.perf_counter_ns()
+        for row in rows:
+            decode(row, cache)
+            if test.n_rows > 1:
+                rollback(test.n_rows - 1)
+        return time.perf_counter_ns() - began
+
+    def _prefill(self, cache: Cache, ids: Array) -> None:
+        for at in range(0, len(ids), CHUNK):
+            self.backend.prefill(ids[at : at + CHUNK], cache)
+
+    def _loop(self, test: BenchTest) -> BenchResult:
+        """The draft-and-verify loop as `refimpl generate` runs it; only its steps are timed."""
+        from refimpl.decoding.generate import generate
+        from refimpl.decoding.generation import GenerateOptions
+
+        s = self.settings
+        backend: Backend = self.backend
+        if s.acceptance:
+            backend = SimulatedAcceptance(self.backend, s.acceptance, s.seed)
+        mtp: Any = "auto" if test.mtp == "auto" else int(test.mtp)
+        options = GenerateOptions(max_new_tokens=test.n_gen + 1, mtp=mtp, stop_tokens=())
+        prompts = self._prompts(test)
+        warm = GenerateOptions(max_new_tokens=4 * _WARM_STEPS, mtp=mtp, stop_tokens=())
+        generate(backend, prompts[0], warm)
+        started = time.time()
+        samples, tokens, counts = [], [], np.zeros(3, dtype=int)
+        for _ in range(s.repetitions):
+            seconds, made = 0.0, 0
+            for ids in prompts:
+                run = generate(backend, ids, options)
+                if run.finish_reason == "interrupted":
+                    raise KeyboardInterrupt
+                seconds += run.timings.decode_s
+                made += run.timings.decoded_tokens
+                counts += (run.mtp.steps, run.mtp.drafted, run.mtp.accepted)
+            samples.append(round(1e9 * seconds))
+            tokens.append(made)
+        steps, drafted, accepted = (int(n) for n in counts)
+        return BenchResult(
+            test, tuple(samples), tuple(tokens), started, steps, drafted, accepted,
+            self._resident(None),
+        )  # fmt: skip
+
+    def _prompts(self, test: BenchTest) -> list[list[int]]:
+        texts = self.settings.prompts
+        if not texts:
+            return [self._ids(max(test.n_depth, _LOOP_PROMPT)).tolist()]
+        if self._tokenizer is None:
+            raise InputError(NO_TOKENIZER.format(path=self.path))
+        return [self._tokenizer.encode(text) for text in texts]
+
+    def _ids(self, count: int) -> Any:
+        return self._rng.integers(self.backend.config.vocab_size, size=count)
+
+    def _resident(self, cache: Any) -> dict[str, int] | None:
+        from refimpl.benchmark.resident import resident
+
+        if not hasattr(self.backend, "working_memory"):
+            return None
+        caches = [] if cache is None else cache.blocks()
+        return resident(self.path, caches, self.backend.working_memory())
+
+
+@contextlib.contextmanager
+def open_bench(
+    model: str | Path, settings: Settings, note: Note = lambda _: None
+) -> Iterator[Bench]:
+    """Open a model for benchmarking and read its file once, so that no test waits for the disk.
+
+    Raises:
+        InputError, CheckpointError, ConfigError: the model or a setting cannot be used.
+    """
+    from refimpl.backends import limited_threads, quiet
+    from refimpl.checkpoint.open import open_checkpoint
+    from refimpl.text.tokenizer import tokenizer_of
+
+    path = model_path(model)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(contextlib.closing(open_checkpoint(path)))
+        stack.enter_context(limited_threads(settings.threads))
+        stack.enter_context(quiet())
+        for warning in source.warnings:
+            note(f"note: {warning}")
+        backend = _backend(source, settings)
+        if hasattr(backend, "close"):
+            stack.callback(backend.close)
+        _touch(source)
+        tokenizer = tokenizer_of(path, source.metadata or None) if settings.prompts else None
+        yield Bench(path, source, backend, settings, tokenizer)
+
+
+def _backend(source: StoredSource, settings: Settings) -> Backend:
+    if settings.backend == "reference":
+        from refimpl.reference.model import ReferenceModel
+
+        return ReferenceModel(source)
+    from refimpl.engine.model import MICRO_BATCH, EngineModel
+
+    return EngineModel(
+        source,
+        threads=settings.threads,
+        exact=settings.exact,
+        kv_type=settings.kv_type,
+        micro_batch=settings.micro_batch or MICRO_BATCH,
+    )
+
+
+def _touch(source: StoredSource) -> None:
+    """Map every page of the checkpoint, unless it is larger than the memory that is free."""
+    import psutil
+
+    tensors = [source.stored(t.key, t.layer) for t in inventory(source.config)]
+    if sum(t.stored_bytes for t in tensors) > psutil.virtual_memory().available:
+        return
+    for tensor in tensors:
+        tensor.rows.reshape(-1)[::_PAGE].max(initial=0)
