@@ -12,10 +12,11 @@ import re
 
 from bench.runs import RunRecord
 from hwmodel import names
+from hwmodel.catalogue import load_model
 from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine, load_engine
 from hwmodel.errors import RequestError
-from hwmodel.model import ModelShape, load_model, shape_from_totals
+from hwmodel.model import ModelShape, shape_from_totals
 from hwmodel.quant import Quant, closest_quant, load_quant
 from hwmodel.run import (
     DeviceCount,

@@ -152,7 +152,10 @@ def _deal(weights: list[float], room: float) -> list[int]:
 def quality_of(model: ModelShape, quant: Quant) -> QualityCost:
     """What a quant type or a file costs on this model, from its bits per weight."""
     name = quant.default if quant.file else quant.name
-    return quality_cost(name, 8 * weight_bytes(model, quant) / model.parameters)
+    found = quality_cost(name, 8 * weight_bytes(model, quant) / model.parameters)
+    if model.is_step or not found.source:
+        return found
+    return dataclasses.replace(found, basis=f"{found.basis} of Step 3.5 Flash")
 
 
 def tier_of(quality: QualityCost) -> int:

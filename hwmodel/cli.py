@@ -33,6 +33,13 @@ def main() -> None:
 @main.command()
 @click.option("--device", required=True, metavar="NAME|FILE", help="See 'hwmodel devices list'.")
 @click.option(
+    "--model",
+    default="step-3.5-flash",
+    metavar="NAME|FILE",
+    show_default=True,
+    help="Another model: a name, its config.json, or a GGUF file of Step's architecture.",
+)
+@click.option(
     "--context",
     default="32768",
     metavar="N",
@@ -84,7 +91,12 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
 def plan(
-    ctx: click.Context, ram: float | None, plot: str | None, as_json: bool, **given: Any
+    ctx: click.Context,
+    model: str,
+    ram: float | None,
+    plot: str | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Will it fit, how fast, with which command, and how sure.
 
@@ -96,15 +108,18 @@ def plan(
       hwmodel plan --device m4max
       hwmodel plan --device rtx4090 --count 1 --ram 128
       hwmodel plan --device h100 --count 4 --quant fp8 --context 128K --json
+      hwmodel plan --device h200 --count 8 --model deepseek-v3.2
     """
+    from hwmodel.catalogue import find_model
     from hwmodel.cli_support import print_json
-    from hwmodel.model import step_shape
     from hwmodel.plan import make_plan
     from hwmodel.plan_json import plan_json
     from hwmodel.plan_view import plan_text
     from hwmodel.request import make_request
 
-    answer = make_plan(make_request(model=step_shape(), ram_gb=ram, **given))
+    if given["quant"] is None and model.endswith(".gguf"):
+        given["quant"] = model
+    answer = make_plan(make_request(model=find_model(model), ram_gb=ram, **given))
     if as_json:
         print_json(plan_json(answer))
     else:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hwmodel.engines import Engine
+from hwmodel.model import STEP_TITLE
 from hwmodel.run import Placement
 
 # KV type as the cost model names it -> as the engine spells it
@@ -32,6 +33,7 @@ class Launch:
         hosts: machines; more than one only where devices are alone in theirs.
         layer_shares: layers on each device where a layer split must not be even.
         file: the checkpoint to load, where it is given.
+        model: title of the model, for the name of a file that nobody published.
     """
 
     engine: Engine
@@ -48,9 +50,10 @@ class Launch:
     hosts: int = 1
     layer_shares: tuple[int, ...] = ()
     file: str = ""
+    model: str = STEP_TITLE
 
 
-def weights_name(engine: Engine, quant: str, file: str = "") -> str:
+def weights_name(engine: Engine, quant: str, file: str = "", model: str = STEP_TITLE) -> str:
     """What stands after the model flag: a repository, or the name of a local file."""
     if file:
         return file
@@ -59,7 +62,7 @@ def weights_name(engine: Engine, quant: str, file: str = "") -> str:
     if quant in engine.files:
         return engine.files[quant]
     suffix = ".gguf" if "gguf" in engine.formats else ""
-    return f"Step-3.5-Flash-{quant}{suffix}"
+    return f"{model.replace(' ', '-')}-{quant}{suffix}"
 
 
 def build_command(launch: Launch) -> str:
@@ -73,7 +76,7 @@ def build_command(launch: Launch) -> str:
             following = value + 1 if isinstance(value, int) else ""
             words.append(spelling.format(value=value, next=following))
 
-    add("model", shlex.quote(weights_name(engine, launch.quant, launch.file)))
+    add("model", shlex.quote(weights_name(engine, launch.quant, launch.file, launch.model)))
     # llama.cpp divides its context among the sequences, the servers give it to each
     shared = "gguf" in engine.formats
     add("context", launch.context * (launch.sequences if shared else 1))

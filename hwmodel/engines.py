@@ -12,7 +12,7 @@ them for readers, while the estimator starts from `hwmodel.timing` and learns th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,37 @@ class Engine:
     def unverified(self) -> tuple[str, ...]:
         """Dotted keys of the numbers nobody has checked, sorted."""
         return tuple(sorted(k for k, q in self.quantities.items() if not q.is_verified))
+
+
+# Types that people convert any model to, from the best to the smallest.
+COMMUNITY_GGUF = (
+    "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K",
+)  # fmt: skip
+_STEP_FLAGS = ("drafts", "draft_model")
+
+
+def for_other_model(engine: Engine) -> Engine:
+    """The engine as it runs a model of another maker: without what its file says of Step's.
+
+    Step's FP8 repository quantises the experts alone, others' all matrices; drafting with MTP
+    heads is spelled and supported model by model, and is left out.
+    """
+    gguf = "gguf" in engine.formats
+    dropped = _STEP_FLAGS if gguf else (*_STEP_FLAGS, "template")
+
+    def own(quants: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("FP8" if q == "FP8-experts" else q for q in quants)
+
+    published = tuple(q for q in COMMUNITY_GGUF if q in engine.quants) if gguf else ()
+    return replace(
+        engine,
+        quants=own(engine.quants),
+        published=published or own(engine.published),
+        max_drafts=0,
+        flags={k: v for k, v in engine.flags.items() if k not in dropped},
+        files={},
+        repositories={},
+    )
 
 
 def _folder() -> Path:

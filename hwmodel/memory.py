@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hwmodel.model import ModelShape
-from hwmodel.operations import draft_bytes
+from hwmodel.operations import mtp_bytes
 from hwmodel.quant import block_bytes, role_bytes, weight_bytes
 from hwmodel.run import RunConfig
 from refimpl.errors import InputError
@@ -51,7 +51,11 @@ def kv_bytes(
     """Bytes allocated for the KV cache of `sequences` sequences of `context` tokens."""
     values = sum(
         g.layers
-        * (g.kv_values * kv_rows(g.window, context, micro_batch, sliding_cache) + g.state_values)
+        * (
+            g.kv_values
+            * kv_rows(None if g.selected else g.window, context, micro_batch, sliding_cache)
+            + g.state_values
+        )
         for g in model.attention
     )
     return sequences * values * kv_value_bytes(kv_type)
@@ -133,7 +137,7 @@ def ledger(run: RunConfig, context: int) -> Ledger:
     n = max(1, run.device_count)
     extra = getattr(engine, "context_bytes", 0.0) * n
     drafts = min(work.drafts, run.model.mtp_layers)
-    mtp = draft_bytes(run.model, run.quant, drafts)
+    mtp = mtp_bytes(run.model, run.quant, drafts)
     mtp += kv_bytes(_mtp_cache(run.model), context, work.kv_type, "window", 8) * drafts
     taken = getattr(engine, "memory_fraction", 1.0)  # vLLM and SGLang take a share of each device
     usable = sum(

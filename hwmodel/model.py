@@ -1,23 +1,20 @@
-"""Sizes of the models: tensors by kind and layer, attention and experts, as the cost model counts.
+"""Sizes of a model: tensors by kind and layer, attention and experts, as the cost model counts.
 
-Step 3.5 Flash comes tensor by tensor from `refimpl.inventory`. Its neighbours in the published
-runs come from the facts in `hwmodel/models/*.json`, and a model that no file knows from its total
-and active parameters alone (`shape_from_totals`).
+Step 3.5 Flash comes tensor by tensor from `refimpl.inventory` (`step_shape`); other models from
+`hwmodel.catalogue`, and one that nobody described from its totals alone (`shape_from_totals`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib import resources
-from typing import Any
 
 from refimpl.config import ModelConfig
-from refimpl.errors import InputError
 from refimpl.inventory import TensorSpec, inventory
+
+STEP_NAME, STEP_TITLE, STEP_SOURCE = "step-3.5-flash", "Step 3.5 Flash", "refimpl.inventory"
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class AttentionGroup:
     `kv_values` is what one token adds to the cache of one layer (2 x KV heads x head_dim, or the
     latent of MLA); `qk_values` and `pv_values` are the multiply-adds per query, layer and visible
     key of QK and PV; `window` counts visible keys, None for all earlier ones, 0 for linear
-    attention, which reads `state_values` per token instead.
+    attention, which reads `state_values` per token instead. `selected` says that the window is
+    not of the latest keys but of those that an indexer picks: the cache keeps all of them.
     """
 
     layers: int
@@ -52,6 +50,7 @@ class AttentionGroup:
     pv_values: int
     window: int | None = None
     state_values: int = 0
+    selected: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +81,16 @@ class ModelShape:
     query_heads: tuple[int, ...] = ()
     expert_width: int = 0
     kinds: tuple[str, ...] = ("gqa",)
+
+    @property
+    def is_step(self) -> bool:
+        """Counted from Step's own inventory: what its vendor published applies."""
+        return self.source == STEP_SOURCE
+
+    @property
+    def title(self) -> str:
+        """The name as people write it."""
+        return STEP_TITLE if self.name == STEP_NAME else self.name
 
     @cached_property
     def parameters(self) -> int:
@@ -137,7 +146,7 @@ def _kind(t: TensorSpec) -> str:
     return f"ffn_{last}" if last in ("gate", "up", "down") else "other"
 
 
-def shape_of_config(config: ModelConfig, name: str = "step-3.5-flash") -> ModelShape:
+def shape_of_config(config: ModelConfig, name: str = STEP_NAME) -> ModelShape:
     """The shape of a Step configuration, counted tensor by tensor from the inventory."""
     tensors = tuple(
         TensorCount(
@@ -168,7 +177,7 @@ def shape_of_config(config: ModelConfig, name: str = "step-3.5-flash") -> ModelS
         gqa=config.num_attention_heads // config.num_attention_groups,
         max_context=config.max_position_embeddings,
         mtp_layers=config.num_nextn_predict_layers,
-        source="refimpl.inventory",
+        source=STEP_SOURCE,
         released="2026-02",
         query_heads=tuple(sorted({s.num_attention_heads for s in config.trunk})),
         expert_width=config.moe_intermediate_size if config.moe_layers else 0,
@@ -181,142 +190,6 @@ def step_shape() -> ModelShape:
     from refimpl.config import published
 
     return shape_of_config(published())
-
-
-@cache
-def _facts() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for entry in sorted(resources.files("hwmodel").joinpath("models").iterdir(), key=str):
-        if entry.name.endswith(".json"):
-            for item in json.loads(entry.read_text(encoding="utf-8"))["models"]:
-                found[item["name"]] = item
-    return found
-
-
-def model_names() -> tuple[str, ...]:
-    """Canonical names of all models whose shape is known."""
-    return ("step-3.5-flash", "step-3.7-flash", *_facts())
-
-
-def model_aliases() -> dict[str, str]:
-    """Other spellings found in model cards and runs, each with its canonical name."""
-    return {a: item["name"] for item in _facts().values() for a in item.get("aliases", ())}
-
-
-def _key(text: str) -> str:
-    return "".join(c for c in text.lower() if c.isalnum())
-
-
-@cache
-def _by_key() -> dict[str, str]:
-    found = {_key(alias): name for alias, name in model_aliases().items()}
-    return found | {_key(name): name for name in model_names()}
-
-
-@cache
-def load_model(name: str) -> ModelShape:
-    """The shape of a model by name or by any spelling listed with its facts.
-
-    Raises:
-        InputError: no such model; the message lists the nearest names.
-    """
-    known = _by_key().get(_key(name))
-    if known in ("step-3.5-flash", "step-3.7-flash"):
-        return step_shape()
-    facts = _facts().get(known or "")
-    if facts is None:
-        import difflib
-
-        near = ", ".join(difflib.get_close_matches(name, model_names(), n=4, cutoff=0.2))
-        raise InputError(f"model '{name}' is not known; nearest: {near or 'step-3.5-flash'}")
-    return shape_of_facts(facts)
-
-
-def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
-    """The shape of a model described as in `hwmodel/models/*.json` (format: models/README)."""
-    hidden, layers = facts["hidden_size"], facts["layers"]
-    moe = facts.get("moe")
-    tensors = [TensorCount("embedding", "embedding", -1, facts["vocab_size"] * hidden)]
-    if not facts.get("tied_embedding"):
-        tensors.append(TensorCount("head", "head", -1, facts["vocab_size"] * hidden))
-    attention: list[AttentionGroup] = []
-    layer = 0
-    for group in facts["attention"]:
-        attention.append(_attention_group(group))
-        for _ in range(group["layers"]):
-            tensors += _attention_tensors(group, hidden, layer % layers)
-            layer += 1
-    tensors += _ffn_tensors(facts, hidden, layers)
-    tensors.append(TensorCount("norm", "norm", -1, (2 * layers + 1) * hidden))
-    first = facts["attention"][0]
-    return ModelShape(
-        name=facts["name"],
-        layers=layers,
-        hidden_size=hidden,
-        tensors=tuple(tensors),
-        attention=tuple(attention),
-        experts=moe["experts"] if moe else 0,
-        top_k=moe["top_k"] if moe else 0,
-        moe_layers=moe["layers"] if moe else 0,
-        gqa=max(1, first.get("query_heads", 8) // max(1, first.get("kv_heads", 1))),
-        max_context=facts.get("max_context", 131072),
-        tied_embedding=bool(facts.get("tied_embedding")),
-        source=facts.get("source", ""),
-        released=facts.get("released", ""),
-        query_heads=tuple(
-            sorted({g["query_heads"] for g in facts["attention"] if "query_heads" in g})
-        ),
-        expert_width=moe["width"] if moe else 0,
-        kinds=tuple(dict.fromkeys(g["type"] for g in facts["attention"])),
-    )
-
-
-def _attention_group(g: Mapping[str, Any]) -> AttentionGroup:
-    if g["type"] == "linear":
-        return AttentionGroup(g["layers"], 0, 0, 0, 0, state_values=g.get("state_values", 0))
-    if g["type"] == "mla":
-        work_qk = g["query_heads"] * g["latent"]
-        work_pv = g["query_heads"] * g["latent"]
-        return AttentionGroup(g["layers"], g["latent"], work_qk, work_pv, g.get("window"))
-    d = g["head_dim"]
-    work = g.get("work_values", g["query_heads"] * d)
-    values = g.get("kv_values", 2 * g["kv_heads"] * d)
-    return AttentionGroup(g["layers"], values, work, work, g.get("window"))
-
-
-def _attention_tensors(g: Mapping[str, Any], hidden: int, layer: int) -> list[TensorCount]:
-    if "parameters" in g:
-        return [TensorCount("attn_other", "attention", layer, g["parameters"])]
-    q, kv = g["query_heads"] * g["head_dim"], g["kv_heads"] * g["head_dim"]
-    gated = 2 if g.get("gated") else 1
-    return [
-        TensorCount("attn_q", "attention", layer, hidden * q * gated),
-        TensorCount("attn_k", "attention", layer, hidden * kv),
-        TensorCount("attn_v", "attention", layer, hidden * kv),
-        TensorCount("attn_o", "attention", layer, hidden * q),
-    ]
-
-
-def _ffn_tensors(facts: Mapping[str, Any], hidden: int, layers: int) -> list[TensorCount]:
-    found: list[TensorCount] = []
-    moe, dense = facts.get("moe"), facts.get("dense")
-    gated = facts.get("ffn_matrices", 3) == 3
-
-    def triple(role: str, layer: int, elements: int) -> list[TensorCount]:
-        kinds = ("ffn_gate", "ffn_up", "ffn_down") if gated else ("ffn_up", "ffn_down")
-        return [TensorCount(kind, role, layer, elements) for kind in kinds]
-
-    if dense:
-        for layer in range(dense["layers"]):
-            found += triple("dense", layer, hidden * dense["width"])
-    if moe:
-        start = max(0, layers - moe["layers"])
-        for layer in range(start, start + moe["layers"]):
-            found.append(TensorCount("router", "router", layer, hidden * moe["experts"]))
-            found += triple("routed", layer, moe["experts"] * hidden * moe["width"])
-            if moe.get("shared_width"):
-                found += triple("shared", layer, hidden * moe["shared_width"])
-    return found
 
 
 def shape_from_totals(name: str, total: float, active: float) -> ModelShape:

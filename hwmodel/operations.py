@@ -136,12 +136,41 @@ def _matrix_elements(model: ModelShape) -> Mapping[str, float]:
 
 @lru_cache(maxsize=512)
 def draft_bytes(model: ModelShape, quant: Quant, drafts: int) -> float:
-    """Stored bytes that making `drafts` drafts reads: one MTP layer with its own head each."""
-    if not model.mtp_layers or drafts <= 0:
+    """Stored bytes that making `drafts` drafts reads, one after the other.
+
+    Each draft runs one MTP layer with its head; where there are fewer layers than drafts the last
+    runs again. Layers without a head of their own use the trunk's; of routed experts a token reads
+    its share.
+    """
+    own, trunk_head = _mtp_layers(model, quant)
+    if not own or drafts <= 0:
         return 0.0
-    layers = sorted({t.layer for t in model.tensors if t.mtp})[: min(drafts, model.mtp_layers)]
-    total = 0.0
+    used = [own[min(i, len(own) - 1)] for i in range(drafts)]
+    return sum(
+        layer.get("head", trunk_head)
+        + sum(v for role, v in layer.items() if role not in ("routed", "head"))
+        + layer.get("routed", 0.0) * model.top_k / max(1, model.experts)
+        for layer in used
+    )
+
+
+def mtp_bytes(model: ModelShape, quant: Quant, drafts: int) -> float:
+    """Stored bytes of the MTP layers that `drafts` drafts need in memory."""
+    own, _ = _mtp_layers(model, quant)
+    return sum(sum(layer.values()) for layer in own[: max(0, drafts)])
+
+
+@lru_cache(maxsize=512)
+def _mtp_layers(model: ModelShape, quant: Quant) -> tuple[list[dict[str, float]], float]:
+    """Stored bytes by role of each MTP layer, and of the trunk's head."""
+    found: dict[int, dict[str, float]] = {}
+    head = table = 0.0
     for t, size in zip(model.tensors, tensor_bytes(model, quant), strict=True):
-        if t.mtp and t.layer in layers:
-            total += float(size)
-    return total
+        if t.mtp:
+            layer = found.setdefault(t.layer, {})
+            layer[t.role] = layer.get(t.role, 0.0) + float(size)
+        elif t.kind == "head":
+            head += float(size)
+        elif t.kind == "embedding":
+            table += float(size)
+    return [found[i] for i in sorted(found)], head or table

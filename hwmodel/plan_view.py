@@ -88,7 +88,7 @@ def shell_lines(command: str, width: int) -> list[str]:
 def _title(plan: Plan) -> str:
     c = plan.chosen
     many = f"{c.count}x " if c.count > 1 else ""
-    what = f"Step 3.5 Flash on {many}{c.device.title}"
+    what = f"{c.run.model.title} on {many}{c.device.title}"
     how = f"{c.engine.title} ({c.backend}), {c.run.quant.name}, {plan.request.context:,} tokens"
     sequences = c.run.workload.concurrency
     if sequences > 1:
@@ -160,7 +160,8 @@ def _prompts(plan: Plan) -> list[str]:
 def _drafts(plan: Plan) -> list[str]:
     options = [o for o in plan.drafts if o.drafts]
     if not options:
-        return [f"off: {plan.chosen.engine.title} does not draft with this model"]
+        who = plan.chosen.engine.title if plan.chosen.run.model.is_step else "a plan"
+        return [f"off: {who} does not draft with this model"]
     shown = ", ".join(f"{o.drafts}: {o.gain:.2f}x{'' if o.fits else ' (no room)'}" for o in options)
     basis = plan.request.stats_file if plan.request.acceptance else "published acceptance"
     if not plan.best_drafts:
@@ -197,7 +198,8 @@ def split_text(candidate: Candidate) -> str:
 
 def _files(plan: Plan) -> str:
     engine, quant, file = plan.chosen.engine, plan.chosen.run.quant.name, plan.chosen.run.quant.file
-    name, repository = weights_name(engine, quant, file), engine.repositories.get(quant)
+    title = plan.chosen.run.model.title
+    name, repository = weights_name(engine, quant, file, title), engine.repositories.get(quant)
     if file:
         text = f"{file}, as given; sizes read from it"
     elif repository == name:

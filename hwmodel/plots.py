@@ -127,7 +127,9 @@ def draw_plan(plan: Plan, path: str) -> None:
     many = f"{chosen.count}x " if chosen.count > 1 else ""
     label = f"{chosen.run.quant.name} in {chosen.engine.title}"
     curve = DepthCurve(label, chosen.at(drafts=0), depth_grid(max(1, plan.max_context)))
-    figure = depth_figure([curve], f"Step 3.5 Flash on {many}{chosen.device.title}", label)
+    figure = depth_figure(
+        [curve], f"{chosen.run.model.title} on {many}{chosen.device.title}", label
+    )
     save_one(figure, Path(path))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hwmodel import names
 from hwmodel.devices import Device, load_device
-from hwmodel.engines import Engine, engine_names, load_engine
+from hwmodel.engines import Engine, engine_names, for_other_model, load_engine
 from hwmodel.errors import RequestError, UnknownNameError
 from hwmodel.model import ModelShape
 from hwmodel.quant import QUANTS, Quant, load_quant
@@ -72,7 +72,7 @@ class PlanRequest:
         """Engines to search: the one asked for, else all that run on the device."""
         if self.engine is not None:
             return (self.engine,)
-        found = (load_engine(n) for n in engine_names(for_plan=True))
+        found = (engine_of(n, self.model) for n in engine_names(for_plan=True))
         return tuple(e for e in found if backend_of(e, self.device))
 
     def kind(self, quant: str) -> Quant:
@@ -86,6 +86,16 @@ class PlanRequest:
         if self.weights is not None and quant == self.weights.name:
             return _reads(engine, self.weights)
         return quant in engine.quants
+
+
+def engine_of(name: str, model: ModelShape) -> Engine:
+    """An engine by name as it runs a model.
+
+    Raises:
+        UnknownNameError: no such engine.
+    """
+    engine = load_engine(name)
+    return engine if model.is_step else for_other_model(engine)
 
 
 def backend_of(engine: Engine, device: Device) -> str:
@@ -116,9 +126,9 @@ def make_request(
         RequestError: a number is absurd, or the options contradict each other.
     """
     found = load_device(device)
-    chosen = _engine(engine, found)
+    chosen = _engine(engine, model, found)
     weights = _weights(quant, model, chosen, found)
-    kind = _quant(quant, chosen) if weights is None else weights.name
+    kind = _quant(quant, model, chosen) if weights is None else weights.name
     _in_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
     _in_range("--count", count, 1, MAX_ASKED_COUNT)
     _in_range("--ram", ram_gb, 0, 1e5, "GB")
@@ -167,10 +177,10 @@ def _in_range(option: str, value: float | None, low: float, high: float, unit: s
         raise RequestError(f"{option} is {value:g}, expected {low:g} to {high:g}{shown}")
 
 
-def _engine(text: str | None, device: Device) -> Engine | None:
+def _engine(text: str | None, model: ModelShape, device: Device) -> Engine | None:
     if text is None:
         return None
-    engine = load_engine(text)
+    engine = engine_of(text, model)
     if not engine.in_plan and not (engine.quants and engine.flags):
         usable = ", ".join(engine_names(for_plan=True))
         raise RequestError(f"a plan cannot be made for {engine.title}; engines: {usable}")
@@ -220,14 +230,14 @@ def _reads(engine: Engine, file: Quant) -> bool:
     return ("gguf" if is_gguf(file) else "safetensors") in engine.formats
 
 
-def _quant(text: str | None, engine: Engine | None) -> str | None:
+def _quant(text: str | None, model: ModelShape, engine: Engine | None) -> str | None:
     if text is None:
         return None
     name = names.canonical("quant", text)
     if name is None:
         near = names.suggest("quant", text)
         raise UnknownNameError("quant type", text, near)
-    kind = MODEL_QUANTS.get(name.id, name.id)
+    kind = MODEL_QUANTS.get(name.id, name.id) if model.is_step else name.id
     if kind not in QUANTS:
         raise UnknownNameError("quant type", text, names.suggest("quant", text))
     if engine is not None and kind not in engine.quants:

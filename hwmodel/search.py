@@ -258,9 +258,13 @@ def evidence(candidate: Candidate) -> int:
     own = config_columns(candidate.run)
     for run in load_fit().runs:
         same = all(run.config.get(k) == own[k] for k in ("class", "family"))
-        if same and str(run.config.get("model", "")).startswith("step"):
+        if same and _is_model(candidate.run.model, str(run.config.get("model", ""))):
             return 0
     return 1
+
+
+def _is_model(model: ModelShape, name: str) -> bool:
+    return name.startswith("step") if model.is_step else name == model.name
 
 
 def is_wanted(request: PlanRequest, candidate: Candidate) -> bool:

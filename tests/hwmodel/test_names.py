@@ -7,9 +7,9 @@ import pytest
 
 from bench.runs import published_runs_path
 from hwmodel import names
+from hwmodel.catalogue import load_model
 from hwmodel.devices import device_names
 from hwmodel.engines import engine_names
-from hwmodel.model import load_model
 from hwmodel.quant import QUANTS
 
 NOT_ONE_DEVICE = {

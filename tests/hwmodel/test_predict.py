@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwmodel.catalogue import load_model, model_names
 from hwmodel.devices import load_device
 from hwmodel.engines import load_engine
 from hwmodel.fit import Fit, load_fit
-from hwmodel.model import load_model, model_names, shape_from_totals, step_shape
+from hwmodel.model import shape_from_totals, step_shape
 from hwmodel.predict import physical_limit, predict, step_parts
 from hwmodel.quant import load_quant
 from hwmodel.run import DeviceCount, EngineChoice, Placement, RunConfig, Workload

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hwmodel.model import load_model, step_shape
+from hwmodel.catalogue import load_model
+from hwmodel.model import step_shape
 from hwmodel.quant import (
     BLOCKS,
     QUANTS,

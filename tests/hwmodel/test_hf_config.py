@@ -1,0 +1,123 @@
+"""Other models from their config.json: counts equal those of transformers' own modules."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hwmodel.catalogue import find_model, load_model, shape_of_facts
+from hwmodel.cli import main
+from hwmodel.errors import RequestError, UnknownNameError
+from hwmodel.hf_config import facts_of
+from hwmodel.memory import kv_bytes
+from hwmodel.model import ModelShape
+from hwmodel.operations import draft_bytes, mtp_bytes, step_counts
+from hwmodel.quant import load_quant
+
+RECORD = json.loads((Path(__file__).parents[1] / "golden" / "model_shapes.json").read_text())
+MODELS: dict[str, dict[str, Any]] = RECORD["models"]
+# The same model in hwmodel/models and in the record.
+SHIPPED = {
+    "deepseek-v3": "deepseek_v3", "deepseek-v3.2": "deepseek_v32", "glm-5": "glm_moe_dsa",
+    "kimi-k2": "kimi-k2", "glm-4.7-flash": "glm4_moe_lite", "deepseek-v2-lite": "deepseek-v2-lite",
+    "mimo-v2-flash": "mimo_v2_flash", "minimax-m2": "minimax_m2", "gpt-oss-120b": "gpt_oss",
+    "glm-4.5": "glm-4.7", "qwen3-next-80b-a3b": "qwen3_next",
+}  # fmt: skip
+
+
+def _shape(name: str) -> ModelShape:
+    return shape_of_facts(facts_of(MODELS[name]["config"], name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_built_model(name: str) -> None:
+    """Biases and norms of heads are not counted: at most 0.04 % of the whole."""
+    shape, parts = _shape(name), MODELS[name]["parts"]
+    assert shape.parameters == pytest.approx(MODELS[name]["parameters"], rel=4e-4)
+    by = shape.parameters_by_role
+    assert by.get("routed", 0) == parts["routed"]
+    assert by["embedding"] + by.get("head", 0) == parts["embedding"]
+    assert by["attention"] == pytest.approx(parts["attention"], rel=4e-4)
+
+
+@pytest.mark.parametrize(("name", "recorded"), SHIPPED.items())
+def test_a_shipped_neighbour_is_the_same_model(name: str, recorded: str) -> None:
+    assert load_model(name).parameters == pytest.approx(MODELS[recorded]["parameters"], rel=1e-3)
+
+
+def test_mla_caches_one_latent_for_all_heads() -> None:
+    shape = _shape("deepseek_v3")
+    assert kv_bytes(shape, 1000, "f16") == 2 * 1000 * 61 * (512 + 64)
+    (group,) = shape.attention
+    assert (group.qk_values, group.pv_values) == (128 * 576, 128 * 512)
+
+
+def test_selected_keys_are_all_kept_but_few_are_read() -> None:
+    """DeepSeek-V3.2: the indexer scores every key, attention reads 2,048 of them."""
+    shape = _shape("deepseek_v32")
+    assert kv_bytes(shape, 100_000, "f16") == 2 * 100_000 * 61 * (576 + 128)
+    read = step_counts(shape, load_quant("FP8"), 100_000, 1).kv_values_read
+    assert read == 61 * (576 * 2048 + 128 * 100_001)
+
+
+def test_sliding_layers_have_their_own_heads_and_window() -> None:
+    shape = _shape("mimo_v2_flash")
+    found = {(g.layers, g.kv_values, g.window) for g in shape.attention}
+    assert found == {(9, 4 * (192 + 128), None), (39, 8 * (192 + 128), 129)}
+
+
+def test_linear_layers_carry_a_state_of_constant_size() -> None:
+    shape = _shape("qwen3_next")
+    linear = next(g for g in shape.attention if g.window == 0)
+    assert (linear.layers, linear.state_values) == (36, 32 * 128 * 128)
+
+
+def test_drafts_read_a_share_of_the_experts_and_the_heads_of_the_trunk() -> None:
+    shape, bf16 = load_model("deepseek-v3"), load_quant("BF16")
+    assert 2 * 11.2e9 < mtp_bytes(shape, bf16, 1) < 2 * 11.7e9
+    head = 2 * 129280 * 7168
+    assert head < draft_bytes(shape, bf16, 1) < head + 2 * 0.75e9
+    assert draft_bytes(shape, bf16, 3) == pytest.approx(3 * draft_bytes(shape, bf16, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected 1 to 4096"),
+        ({"hidden_size": "big"}, "hidden_size is 'big'"),
+        ({"layer_types": ["mamba"] * 32}, "layer_types has 'mamba'"),
+        ({"layer_types": ["full_attention"]}, "layer_types is no list of 32 entries"),
+        ({"sliding_window": 512}, "no layer_types says for which layers"),
+        ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern mixes in layers"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        facts_of({**MODELS["llama"]["config"], **change}, "x")
+
+
+def test_names_files_and_folders_are_found(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    file = tmp_path / "own" / "config.json"
+    file.write_text(json.dumps(MODELS["qwen3_moe"]["config"]))
+    by_file, by_folder = find_model(str(file)), find_model(str(tmp_path / "own"))
+    assert by_file.name == by_folder.name == "own"
+    assert by_file.parameters == by_folder.parameters == _shape("qwen3_moe").parameters
+    assert find_model("DeepSeek-R1").name == "deepseek-v3"
+    with pytest.raises(UnknownNameError, match="kimi-k2"):
+        find_model("kimi-k22")
+    with pytest.raises(RequestError, match="no such model or file"):
+        find_model(str(tmp_path / "none.json"))
+
+
+def test_plan_for_another_model_names_it_and_leaves_out_what_is_steps_own() -> None:
+    run = CliRunner().invoke(
+        main, ["plan", "--device", "h200", "--count", "8", "--model", "deepseek-v3.2"]
+    )
+    assert run.exit_code == 0, run.output
+    assert run.output.startswith("deepseek-v3.2 on 8x NVIDIA H200")
+    assert "FP8, 674.0 GB" in run.output
+    assert "step3p5" not in run.output and "Step-3.5" not in run.output
