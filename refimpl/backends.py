@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +20,30 @@ EMBEDDED = "mini"
 EMBEDDED_FILE = "step-mini-q4_0.gguf"
 DTYPES = ("float32", "float64", "bf16")
 BACKENDS = ("reference", "engine")
-"""Backends of this build; the first is the default."""
+"""Backends of this build; `default_backend` says which one a model runs on by itself."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine can be asked for beside threads (see `refimpl.engine.model.EngineModel`).
+
+    Attributes:
+        exact: no int8 activations, float32 KV.
+        kv_type: 'f16', 'f32' or 'q8_0'; None is f16, with `exact` f32.
+        on_compile: called once if kernels have to be compiled, before they are.
+        on_reading: called with (bytes done, bytes in all) while a large file that fits is read
+            into memory; None leaves it to the page faults of the first tokens.
+    """
+
+    exact: bool = False
+    kv_type: str | None = None
+    on_compile: Callable[[], None] | None = None
+    on_reading: Callable[[int, int], None] | None = None
+
+    @property
+    def asked(self) -> str | None:
+        """The first option that only the engine knows, as typed, or None."""
+        return "--exact" if self.exact else "--kv-type" if self.kv_type else None
 
 
 @dataclass(frozen=True)
@@ -29,15 +52,23 @@ class OpenModel:
 
     Attributes:
         path: where it lies.
+        name: of the backend.
         backend: what runs it.
         tokenizer: None where the checkpoint has none.
         warnings: notes for the user, one sentence each.
     """
 
     path: Path
+    name: str
     backend: Backend
     tokenizer: Tokenizer | None
     warnings: tuple[str, ...]
+
+
+def default_backend(path: Path, dtype: str | None = None) -> str:
+    """The backend of a model where none is asked for: the engine for GGUF files, the reference
+    for folders, and wherever an arithmetic of the reference is named."""
+    return "reference" if path.is_dir() or dtype is not None else "engine"
 
 
 def model_path(model: str | Path) -> Path:
@@ -60,15 +91,18 @@ def model_path(model: str | Path) -> Path:
 def open_backend(
     source: WeightSource,
     name: str = "reference",
-    dtype: str = "float32",
+    dtype: str | None = None,
     threads: int | None = None,
+    options: EngineOptions = EngineOptions(),
 ) -> Backend:
     """A backend over an open checkpoint.
 
     Args:
         name: one of `BACKENDS`.
-        dtype: one of `DTYPES`: the arithmetic of the reference; the engine knows float32 only.
+        dtype: one of `DTYPES`: the arithmetic of the reference, by default float32, which is all
+            that the engine has.
         threads: threads of an engine; those of the reference are `limited_threads`.
+        options: for an engine.
 
     Raises:
         InputError: this build has no such backend, or the engine cannot run the checkpoint.
@@ -78,44 +112,65 @@ def open_backend(
             f"this build has no backend '{name}'; use --backend {' or '.join(BACKENDS)}"
         )
     if name == "engine":
-        return _open_engine(source, dtype, threads)
+        return _open_engine(source, dtype, threads, options)
+    if options.asked is not None:
+        raise InputError(f"{options.asked} belongs to the engine; the reference is always exact")
     from refimpl.reference.model import ReferenceModel
 
-    return ReferenceModel(source, dtype)
+    return ReferenceModel(source, dtype or "float32")
 
 
-def _open_engine(source: WeightSource, dtype: str, threads: int | None) -> Backend:
+def _open_engine(
+    source: WeightSource, dtype: str | None, threads: int | None, options: EngineOptions
+) -> Backend:
     from refimpl.checkpoint.stored import StoredSource
+    from refimpl.engine.jit import announced
     from refimpl.engine.model import EngineModel
 
-    if dtype != "float32":
+    if dtype not in (None, "float32"):
         raise InputError(f"--dtype {dtype} belongs to the reference; the engine has float32 only")
     if not isinstance(source, StoredSource):
         raise InputError("the engine runs checkpoint files only; use --backend reference")
-    return EngineModel(source, threads)
+    with announced(options.on_compile):
+        model = EngineModel(source, threads, options.exact, options.kv_type)
+    if options.on_reading is not None:
+        model.read_ahead(options.on_reading)
+    return model
 
 
 @contextlib.contextmanager
 def open_model(
     model: str | Path,
-    backend: str = "reference",
-    dtype: str = "float32",
+    backend: str | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
+    options: EngineOptions = EngineOptions(),
 ) -> Iterator[OpenModel]:
     """Open a model by name or path, for as long as the context lasts.
+
+    Args:
+        backend: one of `BACKENDS`; None for `default_backend`.
+        dtype, threads, options: see `open_backend`.
 
     Raises:
         InputError: no such backend, or no embedded model.
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     path = model_path(model)
+    name = backend or default_backend(path, dtype)
     with limited_threads(threads), contextlib.closing(open_checkpoint(path)) as source, quiet():
-        yield OpenModel(
-            path=path,
-            backend=open_backend(source, backend, dtype, threads),
-            tokenizer=tokenizer_of(path, source.metadata or None),
-            warnings=source.warnings,
-        )
+        opened = open_backend(source, name, dtype, threads, options)
+        try:
+            yield OpenModel(
+                path=path,
+                name=name,
+                backend=opened,
+                tokenizer=tokenizer_of(path, source.metadata or None),
+                warnings=source.warnings,
+            )
+        finally:
+            if hasattr(opened, "close"):
+                opened.close()
 
 
 def quiet() -> contextlib.AbstractContextManager[object]:

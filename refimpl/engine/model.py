@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from refimpl.backend import Array, Cache, Step, Tokens
+from refimpl.checkpoint.fingerprint import fingerprint
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.attention import KV_TYPES, KvType
 from refimpl.engine.caches import EngineCache, cache_bytes
-from refimpl.engine.memory import require_memory
+from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
+from refimpl.engine.memory import Bytes, require_memory
 from refimpl.engine.program import Program
 from refimpl.engine.simd import choose_simd
 from refimpl.engine.threads import Team, default_threads
@@ -59,8 +61,9 @@ class EngineModel:
             raise InputError(f"micro_batch is {micro_batch}, expected {_MAX_DECODE_ROWS} or more")
         self._source, self._ring, self._micro_batch = source, ring, micro_batch
         self._kv = _kv_type(kv_type or ("f32" if exact else "f16"))
-        self._team = Team(default_threads() if threads is None else threads)
-        self._program = Program(source, self._team, choose_simd(simd), exact, self._kv, micro_batch)
+        self.team = Team(default_threads() if threads is None else threads)
+        self._simd, self._exact = choose_simd(simd), exact
+        self.program = Program(source, self.team, self._simd, exact, self._kv, micro_batch)
 
     @property
     def config(self) -> ModelConfig:
@@ -70,7 +73,7 @@ class EngineModel:
     @property
     def threads(self) -> int:
         """Threads in use."""
-        return self._team.size
+        return self.team.size
 
     def cache_bytes(self, capacity: int) -> int:
         """Memory of a cache for `capacity` tokens."""
@@ -86,10 +89,29 @@ class EngineModel:
         limit = self.config.max_position_embeddings
         if not 0 < capacity <= limit:
             raise InputError(f"a context of {capacity} tokens is asked for; the model has {limit}")
-        require_memory(
-            self.cache_bytes(capacity), f"a context of {capacity} tokens ({self._kv.name} KV)"
-        )
+        require_memory(self.cache_bytes(capacity), self._context(capacity))
         return EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
+
+    def _context(self, capacity: int) -> str:
+        """How much a context needs and why, for messages."""
+        each = sum(
+            2 * s.num_attention_groups * self._kv.row_bytes(s.head_dim)
+            for s in self.config.layers
+            if s.window is None
+        )
+        return (
+            f"a context of {capacity} tokens ({self._kv.name} KV: {each:,} bytes a token on "
+            "full-attention layers, the rest for windows)"
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What the bits of a cache depend on; see `Backend.identity`."""
+        activations = "float32" if self._exact else "int8"
+        return {
+            "weights": fingerprint(self._source),
+            "arithmetic": f"engine {self._simd.name}, {activations} activations, "
+            f"{self._kv.name} KV",
+        }
 
     def prefill(
         self,
@@ -173,9 +195,41 @@ class EngineModel:
             drafts.append(int(choose(logits)))
         return drafts
 
+    def working_memory(self) -> list[Bytes]:
+        """The arrays that activations live in; their pages are taken when first used."""
+        return self.program.working_memory()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What runs it: instruction set, threads, activations, KV type."""
+        return {
+            "simd": self._simd.name,
+            "threads": self.threads,
+            "activations": "float32" if self._exact or not self._simd.integer else "int8",
+            "kv_type": self._kv.name,
+        }
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The files that the tensors lie in."""
+        return self.program.files
+
+    @property
+    def kv_value_bytes(self) -> float:
+        """Bytes that a cached value takes, its share of the scales included."""
+        return self._kv.row_bytes(32) / 32
+
+    def read_ahead(self, progress: Callable[[int, int], None]) -> bool:
+        """Read the checkpoint into memory, if it is large and fits; whether it was read."""
+        files = self.files
+        if sum(file.size for file in files) < LARGE_BYTES or not fits_memory(files):
+            return False
+        populate(files, progress)
+        return True
+
     def close(self) -> None:
         """End the engine's threads; the model cannot be used afterwards."""
-        self._team.close()
+        self.team.close()
 
     def mtp_teacher_forced(self, tokens: Tokens, hidden: Array) -> list[tuple[Array, Array]]:
         """Logits (T-1-k, V) and block outputs (T-1-k, H) of every MTP layer k over a known text,
@@ -189,7 +243,7 @@ class EngineModel:
                 part = slice(at, min(at + self._micro_batch, count))
                 embedded = self._embedded(ids[k + 1 :][part])
                 layers = range(first + k, first + k + 1)
-                made = self._program.run(u[part], layers, cache, at, 0, embedded)
+                made = self.program.run(u[part], layers, cache, at, 0, embedded)
                 rows.append(made[0])
                 logits.append(made[1])
             u = np.concatenate(rows)
@@ -205,11 +259,11 @@ class EngineModel:
             from refimpl.engine.tracing import Tracer
 
             trace.begin_step()
-            tracer = Tracer(self._source, self._program)
+            tracer = Tracer(self._source, self.program)
             step = tracer.trunk(ids.tolist(), h, cache, wanted, row_by_row, trace)
             hidden, logits = step.hidden, step.logits
         else:
-            hidden, logits = self._program.run(h, range(n), cache, cache.length, len(ids) - wanted)
+            hidden, logits = self.program.run(h, range(n), cache, cache.length, len(ids) - wanted)
         cache.tokens.extend(ids.tolist())
         cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
         return Step(logits, hidden)
@@ -225,7 +279,7 @@ class EngineModel:
             embedded = self._embedded(ids[part])
             count = len(embedded)
             last = at + count == len(u)
-            rows, logits = self._program.run(
+            rows, logits = self.program.run(
                 u[part], range(layer, layer + 1), cache, start + at,
                 count - 1 if last else count, embedded,
             )  # fmt: skip

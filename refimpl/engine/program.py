@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,8 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
 from refimpl.engine.attention import KvType, attending, state_bytes, storing
 from refimpl.engine.caches import EngineCache
-from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Step, float_bits
+from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Step, float_bits
+from refimpl.engine.files import MappedFile
 from refimpl.engine.memory import Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
 from refimpl.engine.records import LayerRecord, Records, Site, layer_record
@@ -62,6 +65,8 @@ class Program:
         self._fixed_fields(simd, kv)
         self._run = runner(simd).ctypes
         self._lock = threading.Lock()
+        # Runs by (first layer, stop, whether a head was run).
+        self.runs: Counter[tuple[int, int, bool]] = Counter()
 
     def run(
         self,
@@ -95,8 +100,19 @@ class Program:
             if len(logits):
                 self._fill_head(self._heads[layers[-1]], head_first, logits)
             self._step[Step.PARTS] = parts
+            self.runs[layers.start, layers.stop, bool(len(logits))] += 1
             self._team.run(self._run, address(self._step))
             return rows.copy(), logits
+
+    @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The files that the tensors lie in."""
+        return tuple(self._records.files.values())
+
+    def experts_used(self) -> list[int]:
+        """Distinct experts of each layer, summed over all runs."""
+        at = 8 * int(Layer.USED)
+        return [ctypes.c_int64.from_address(r.address + at).value for r in self._layers]
 
     def field(self, number: Step) -> int:
         """A field of the step's record."""
@@ -112,6 +128,10 @@ class Program:
         shape = (rows, self.field(Step.BLOB_BYTES) // 4)
         normed = self.working(Step.BLOB, np.float32, shape)[:, : self._config.hidden_size]
         return normed.copy()
+
+    def working_memory(self) -> list[Bytes]:
+        """The arrays that activations live in."""
+        return list(self._memory.values())
 
     def _fill(self, count: int, layers: range, cache: EngineCache, start: int,
               embedded: Array | None) -> None:  # fmt: skip
