@@ -171,6 +171,8 @@ def layout_of(config: Mapping[str, Any], names: Iterable[str]) -> Layout:
     for key, value in (("quantization", mlx), ("quantization_config", field)):
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(key, f"is {str(value)[:50]!r}, expected an object")
+    if mlx is None and field and "quant_method" not in field and "group_size" in field:
+        mlx = field  # mlx-lm writes its object under both names
     if mlx is not None:
         return Layout(is_mlx=True, mlx=quantisation(mlx))
     if any(is_mlx_name(name) for name in names):

@@ -5,11 +5,16 @@ The folders and golden files are those of `tests/golden/make_fp8.py` and `make_m
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from refimpl.backends import open_backend
 from refimpl.checkpoint.inspection import inspect
+from refimpl.checkpoint.mlx import Affine, GroupScales, mlx_name
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.inventory import inventory
 
@@ -33,3 +38,41 @@ def test_the_fp8_folder_is_whole() -> None:
     assert found.problems == ()
     assert found.listing.unexpected == ()
     assert found.types["F8_E4M3"] == (3, 3 * 4 * 64 * 64)
+
+
+def test_mlx_values_are_those_of_mlx_bit_for_bit() -> None:
+    source = open_checkpoint(GOLDEN / "mlx4")
+    with np.load(GOLDEN / "mlx4_mlx.npz") as theirs:
+        digests = json.loads(str(theirs["meta"]))["sha256"]
+    found = {}
+    for spec in inventory(source.config):
+        stored = source.stored(spec.key, spec.layer)
+        if stored.scales is not None:
+            values = np.ascontiguousarray(stored.values(0, 10**6), "<f4")
+            found[mlx_name(spec)] = hashlib.sha256(values.tobytes()).hexdigest()
+    assert found == digests
+    assert len(found) == 22
+
+
+def test_logits_over_a_quantised_folder_are_those_of_mlx_lm() -> None:
+    """Float32 against float32: names, norms as 1 + w, the 8-bit router and every group count."""
+    model = open_backend(open_checkpoint(GOLDEN / "mlx4"), dtype="float32")
+    with np.load(GOLDEN / "mlx4_mlx.npz") as theirs:
+        ids, expected = theirs["prompt"].tolist(), theirs["logits"]
+    logits = model.prefill(ids, model.new_cache(len(ids)), all_logits=True).logits
+    assert expected.shape == (70, 128)
+    assert np.abs(logits - expected).max() <= 5e-5 * np.sqrt(np.mean(np.square(expected)))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_every_width_of_mlx_is_decoded(bits: int, group: int) -> None:
+    with np.load(GOLDEN / "mlx_bits.npz") as theirs:
+        packed, scales, biases, values = (
+            theirs[f"{bits}_{group}_{name}"] for name in ("packed", "scales", "biases", "values")
+        )
+    form = Affine(bits, group)
+    assert packed.shape == (4, form.words(256))
+    rows = packed.astype("<u4").view(np.uint8)
+    found = GroupScales(form, scales, biases).decode(rows, np.arange(4))
+    np.testing.assert_array_equal(found, values)
