@@ -20,7 +20,7 @@ EMBEDDED = "mini"
 EMBEDDED_FILE = "step-mini-q4_0.gguf"
 DTYPES = ("float32", "float64", "bf16")
 BACKENDS = ("reference", "engine")
-"""Backends of this build; `default_backend` says which one a model runs on by itself."""
+"""Backends of this build; `chosen_backend` says which one a model runs on by itself."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,6 @@ class OpenModel:
     warnings: tuple[str, ...]
 
 
-def default_backend(path: Path, dtype: str | None = None) -> str:
-    """The backend of a model where none is asked for: the engine for GGUF files, the reference
-    for folders, and wherever an arithmetic of the reference is named."""
-    return "reference" if path.is_dir() or dtype is not None else "engine"
-
-
 def model_path(model: str | Path) -> Path:
     """The path of a model: 'mini' is the embedded one, anything else is a path already.
 
@@ -86,6 +80,18 @@ def model_path(model: str | Path) -> Path:
             "package); name a checkpoint with --model PATH"
         )
     return found
+
+
+def chosen_backend(model: str | Path, name: str | None = None, dtype: str | None = None) -> str:
+    """The backend of a model: `name`, or where none is asked for the engine for GGUF files and
+    the reference for folders and wherever an arithmetic of the reference is named.
+
+    Raises:
+        InputError: as `model_path`.
+    """
+    if name is not None:
+        return name
+    return "reference" if dtype is not None or model_path(model).is_dir() else "engine"
 
 
 def open_backend(
@@ -149,7 +155,7 @@ def open_model(
     """Open a model by name or path, for as long as the context lasts.
 
     Args:
-        backend: one of `BACKENDS`; None for `default_backend`.
+        backend: one of `BACKENDS`; None: see `chosen_backend`.
         dtype, threads, options: see `open_backend`.
 
     Raises:
@@ -157,7 +163,7 @@ def open_model(
         CheckpointError, ConfigError: the checkpoint cannot be used.
     """
     path = model_path(model)
-    name = backend or default_backend(path, dtype)
+    name = chosen_backend(path, backend, dtype)
     with limited_threads(threads), contextlib.closing(open_checkpoint(path)) as source, quiet():
         opened = open_backend(source, name, dtype, threads, options)
         try:

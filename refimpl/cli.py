@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refimpl.cli_engine import about, engine_options, measured, opened_model
 from refimpl.cli_support import (
     INTERRUPTED,
     SentenceGroup,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 @click.group(
     cls=SentenceGroup,
     lazy={
+        "bench": "refimpl.cli_bench:bench",
+        "convert": "refimpl.cli_convert:convert",
         "golden": "refimpl.cli_golden:golden",
         "inspect": "refimpl.cli_inspect:inspect",
         "synth": "refimpl.cli_synth:synth",
@@ -106,18 +109,25 @@ def main() -> None:
 @click.option(
     "--backend",
     type=click.Choice(["reference", "engine"]),
-    default="reference",
-    show_default=True,
-    help="What runs the model.",
+    help="What runs the model. [default: engine for GGUF files, reference for folders]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "bf16"]),
-    default="float32",
-    show_default=True,
-    help="Arithmetic of the reference.",
+    help="Arithmetic of the reference; chooses it. [default: float32]",
 )
-@click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+@click.option("--threads", type=int, metavar="N", help="Threads. [default: physical cores]")
+@engine_options
+@click.option(
+    "--save-state",
+    metavar="FILE",
+    help="Keep the prompt as the model has read it (--max-new-tokens 0: do only that).",
+)
+@click.option(
+    "--load-state",
+    metavar="FILE",
+    help="Go on from a saved prompt, which PROMPT must begin with.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
 def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any) -> None:
@@ -127,32 +137,40 @@ def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any
     go to stderr. Drafts change the speed only: greedy text is the same with any --mtp, sampled
     text has the same distribution, but for one seed another number of drafts gives another text
     (with auto the number follows measured times). The order of the cuts is temperature, top-k,
-    top-p, min-p. Ctrl-C ends the text; what there is, is kept (exit code 130).
+    top-p, min-p. Ctrl-C ends the text; what there is, is kept (exit code 130). A state file saves
+    reading a long prompt again; it serves one model, backend and dtype, and changes no bit.
 
     \b
     Examples:
       refimpl generate 'def fibonacci(n):' --max-new-tokens 60 --mtp 3
       refimpl generate - --temperature 0.7 --top-k 40 --seed 1 < prompt.txt
       refimpl generate --tokens ids.json --json
+      refimpl generate - --save-state long.state --max-new-tokens 0 < long.txt
+      refimpl generate - --load-state long.state < long.txt
     """
     if (prompt is None) == (given["tokens"] is None):
         raise click.UsageError("give either a PROMPT or --tokens FILE", ctx)
     from time import perf_counter
 
-    from refimpl.backends import open_model
-
     options = _options(given)
     began = perf_counter()
-    with open_model(given["model"], given["backend"], given["dtype"], given["threads"]) as model:
+    with opened_model(given) as model:
         for warning in model.warnings:
             note(f"note: {warning}")
         ids = _prompt_ids(model, prompt, given["tokens"])
         load_s = perf_counter() - began
-        made = _run(model, ids, options, stream=not as_json)
-    _print_speeds(made, given["mtp"])
+        made = _run(
+            measured(model, given),
+            ids,
+            options,
+            not as_json,
+            given["load_state"],
+            given["save_state"],
+        )
+        _print_speeds(made, given["mtp"])
+        fields = about(model, made, given)
     if as_json:
-        about = {k: given[k] for k in ("model", "backend", "dtype")}
-        record = {**made.as_json(), **about}
+        record = {**made.as_json(), "model": given["model"], **fields}
         record["timings"]["load_s"] = load_s
         click.echo(json.dumps(record, allow_nan=False))
     if made.finish_reason == "interrupted":
@@ -160,11 +178,13 @@ def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any
 
 
 def _options(given: dict[str, Any]) -> GenerateOptions:
-    from refimpl.backends import default_mtp
+    from refimpl.backends import chosen_backend, default_mtp
     from refimpl.decoding.generation import GenerateOptions
     from refimpl.decoding.sampling import SamplingParams
 
-    given["mtp"] = given["mtp"] or default_mtp(given["backend"])
+    given["mtp"] = given["mtp"] or default_mtp(
+        chosen_backend(given["model"], given["backend"], given["dtype"])
+    )
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     sampling = SamplingParams(**{name: given[name] for name in names})
     if sampling.greedy and any(given[n] for n in ("top_k", "min_p", "seed")):
@@ -193,9 +213,18 @@ def _prompt_ids(model: OpenModel, prompt: str | None, tokens: str | None) -> lis
     return model.tokenizer.encode(text)
 
 
-def _run(model: OpenModel, ids: list[int], options: GenerateOptions, stream: bool) -> Generation:
-    """Generate, showing the text meanwhile if `stream`."""
+def _run(
+    model: OpenModel,
+    ids: list[int],
+    options: GenerateOptions,
+    stream: bool,
+    load_state: str | None,
+    save_state: str | None,
+) -> Generation:
+    """Generate, showing the text meanwhile if `stream`; from and to state files if named."""
     from refimpl.decoding.generate import generate as run
+
+    saved, on_prefilled = _states(model, load_state, save_state)
 
     shown = 0
 
@@ -209,18 +238,50 @@ def _run(model: OpenModel, ids: list[int], options: GenerateOptions, stream: boo
     with progress_bar("prompt") as move:
         long = move if len(ids) > options.prefill_chunk else None
         made = run(
-            model.backend, ids, options, new_decoder=decoder, on_tokens=show, on_prefill=long
+            model.backend,
+            ids,
+            options,
+            new_decoder=decoder,
+            on_tokens=show,
+            on_prefill=long,
+            saved=saved,
+            on_prefilled=on_prefilled,
         )
-    if stream:
+    if stream and options.max_new_tokens:
         if decoder is None:
             note("note: the checkpoint has no tokenizer; --json gives the ids")
         click.echo(made.text[shown:])
     return made
 
 
+def _states(model: OpenModel, load: str | None, save: str | None) -> Any:
+    """The saved prompt to go on from, and what saves this one; None for each that is not asked."""
+    from pathlib import Path
+
+    if load is None and save is None:
+        return None, None
+    from refimpl.decoding.state import check_state_output, read_state, save_state
+
+    saved = None
+    if save is not None:
+        check_state_output(Path(save), model.path)
+    if load is not None:
+        saved = read_state(Path(load), model.backend)
+        note(f"state: {len(saved.tokens)} tokens of the prompt come from {load}")
+    if save is None:
+        return saved, None
+
+    def keep(cache: Any, step: Any) -> None:
+        save_state(Path(save), model.backend, cache, step)
+        note(f"wrote {save} ({cache.length} tokens, {Path(save).stat().st_size / 1e6:.1f} MB)")
+
+    return saved, keep
+
+
 def _print_speeds(made: Generation, mtp: str) -> None:
     t, m = made.timings, made.mtp
-    note(f"prompt: {t.prompt_tokens} tokens in {_speed(t.prefill_s, t.prefill_tokens_per_s)}")
+    run = f"{t.prompt_tokens - t.reused_tokens} of " if t.reused_tokens else ""
+    note(f"prompt: {run}{t.prompt_tokens} tokens in {_speed(t.prefill_s, t.prefill_tokens_per_s)}")
     if made.ids:
         speed = _speed(t.decode_s, t.decode_tokens_per_s)
         note(
@@ -240,35 +301,3 @@ def _print_speeds(made: Generation, mtp: str) -> None:
 def _speed(seconds: float, tokens_per_s: float | None) -> str:
     shown = f"{seconds:.2f} s"
     return shown if tokens_per_s is None else f"{shown} ({tokens_per_s:.1f} tokens/s)"
-
-
-@main.command()
-@click.argument("src")
-@click.argument("out")
-@click.option(
-    "--type",
-    "file_type",
-    required=True,
-    type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0"]),
-    help="How matrices are stored; vectors and routers stay f32.",
-)
-@click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
-@click.option("--name", metavar="TEXT", help="general.name of a GGUF file [default: SRC's name].")
-def convert(src: str, out: str, file_type: str, no_mtp: bool, name: str | None) -> None:
-    """Write the checkpoint SRC (a folder, a GGUF file, or mini) as OUT.
-
-    An OUT that ends in .gguf becomes a GGUF file that llama.cpp loads; any other becomes a
-    Hugging Face folder (f32, f16, bf16).
-
-    \b
-    Example:
-      refimpl convert Step-3.5-Flash step-q4_0.gguf --type q4_0
-    """
-    from refimpl.backends import model_path
-    from refimpl.checkpoint.convert import convert as run
-
-    with progress_bar("writing") as move:
-        notes = run(model_path(src), out, file_type, not no_mtp, move, name)
-    for remark in notes:
-        note(f"note: {remark}")
-    note(f"wrote {out}")

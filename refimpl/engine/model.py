@@ -59,7 +59,7 @@ class EngineModel:
     ) -> None:
         if micro_batch < _MAX_DECODE_ROWS:
             raise InputError(f"micro_batch is {micro_batch}, expected {_MAX_DECODE_ROWS} or more")
-        self._source, self._ring, self._micro_batch = source, ring, micro_batch
+        self.source, self._ring, self._micro_batch = source, ring, micro_batch
         self._kv = _kv_type(kv_type or ("f32" if exact else "f16"))
         self.team = Team(default_threads() if threads is None else threads)
         self._simd, self._exact = choose_simd(simd), exact
@@ -68,7 +68,7 @@ class EngineModel:
     @property
     def config(self) -> ModelConfig:
         """The checkpoint's configuration."""
-        return self._source.config
+        return self.source.config
 
     @property
     def threads(self) -> int:
@@ -108,7 +108,7 @@ class EngineModel:
         """What the bits of a cache depend on; see `Backend.identity`."""
         activations = "float32" if self._exact else "int8"
         return {
-            "weights": fingerprint(self._source),
+            "weights": fingerprint(self.source),
             "arithmetic": f"engine {self._simd.name}, {activations} activations, "
             f"{self._kv.name} KV",
         }
@@ -259,7 +259,7 @@ class EngineModel:
             from refimpl.engine.tracing import Tracer
 
             trace.begin_step()
-            tracer = Tracer(self._source, self.program)
+            tracer = Tracer(self.source, self.program)
             step = tracer.trunk(ids.tolist(), h, cache, wanted, row_by_row, trace)
             hidden, logits = step.hidden, step.logits
         else:
@@ -288,7 +288,7 @@ class EngineModel:
 
     def _embedded(self, ids: list[int]) -> Array:
         """Rows of the embedding table, (T, H) float32."""
-        return self._source.rows("embed_tokens", None, ids, np.float32)
+        return self.source.rows("embed_tokens", None, ids, np.float32)
 
     def _checked(self, tokens: Tokens, cache: Cache) -> tuple[Array, EngineCache]:
         own, ids = self._own(cache), self._ids(tokens)

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from refimpl.backend import Array, Cache, Step, Tokens
@@ -20,8 +21,6 @@ from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
 from refimpl.inventory import inventory
-
-_PROBE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Meter:
         kv = round(self._kv_values * self._model.kv_value_bytes)
         read = None if disk is None or self._disk is None else disk - self._disk
         hits = None if read is None or not experts else max(0.0, 1 - read / experts)
-        limit = sorted(read_bandwidth(self._model.team, _PROBE_BYTES, 5))[2]
+        limit = median(read_bandwidth(self._model.team))
         speed = (weights + kv) / self._seconds
         return {
             "steps": self._steps,
