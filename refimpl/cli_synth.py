@@ -10,8 +10,9 @@ import click
 from refimpl.cli_support import note, progress_bar
 
 _TYPES = [
-    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_s", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k",
-    "q5_k", "q6_k", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q4_1", "q5_0", "q5_1",
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
+    "iq4_nl", "iq4_xs",
 ]  # fmt: skip
 
 
@@ -32,8 +33,8 @@ _TYPES = [
     default="bf16",
     show_default=True,
     help="How matrices are stored: in a folder f32, f16, bf16, or fp8 (the routed experts, the "
-    "rest bf16, as published); in a GGUF file any but fp8, of which q4_k_s is the mixture of the "
-    "official file (tiny presets: those of convert).",
+    "rest bf16, as published); in a GGUF file any but fp8, of which q4_k_s (the official "
+    "file's), q4_k_m and q5_k_m are mixtures (tiny presets: those of convert).",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="S")
 @click.option(

@@ -2,8 +2,9 @@
 
 A *block* is the unit of a ggml type: `block_values` values of a row in `block_bytes` bytes
 (architecture.md section 4.5; ggml-quants.c in llama.cpp). Plain floating-point types are blocks of
-one value. The decoders and encoders of the block formats are those of the `gguf` package (NumPy,
-on any slice of whole rows), so every type it knows can be opened.
+one value. The decoders of the block formats are those of the `gguf` package (NumPy, on any slice
+of whole rows), so every type it knows can be opened; so are the encoders, but for the types of
+`refimpl.checkpoint.quantise`, which it cannot make.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def encode(kind: BlockType, values: Array, where: str) -> Array:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    from refimpl.checkpoint import quantise
+
     finite = bool(np.isfinite(values.astype(np.float32, copy=False)).all())
     if kind.plain is not None:
         with np.errstate(over="ignore"):
@@ -109,6 +112,11 @@ def encode(kind: BlockType, values: Array, where: str) -> Array:
     if not finite:
         raise CheckpointError(f"{where} holds a value that is not finite; {kind.name} has none")
     rows = np.ascontiguousarray(values, dtype=np.float32)
+    if kind.name in quantise.NAMES:
+        peak = float(np.abs(rows).max(initial=0.0))
+        if peak > quantise.LARGEST:
+            raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
+        return quantise.quantise(kind.name, rows)
     return np.ascontiguousarray(quantize(rows, GGMLQuantizationType(kind.ggml_id)))
 
 
@@ -131,8 +139,16 @@ def _by_id() -> dict[int, BlockType]:
 
 
 def _library_decoder(kind: Any) -> Decoder | None:
+    from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import _type_traits, dequantize
 
     if kind not in _type_traits:
         return None
-    return lambda rows: dequantize(np.ascontiguousarray(rows), kind)
+    values, size = GGML_QUANT_SIZES[kind]
+
+    def decoder(rows: Array) -> Array:
+        if not len(rows):  # which the library does not take in every type
+            return np.empty((0, rows.shape[1] // size * values), np.float32)
+        return dequantize(np.ascontiguousarray(rows), kind)
+
+    return decoder

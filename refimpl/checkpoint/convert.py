@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refimpl.checkpoint.gguf_write import FILE_TYPES, row_ranges, write_gguf
+from refimpl.checkpoint.gguf_write import row_ranges, write_gguf
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
+from refimpl.checkpoint.mixtures import MIXTURES
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
@@ -35,7 +36,7 @@ def convert(
     """Convert a checkpoint to one GGUF file, or to a Hugging Face folder.
 
     Args:
-        out_path: ends in .gguf for a GGUF file ('f32', 'f16', 'bf16', 'q8_0', 'q4_0'); anything
+        out_path: ends in .gguf for a GGUF file (a key of `MIXTURES`); anything
             else is a new folder ('f32', 'f16', 'bf16').
         mtp: whether the MTP layers are kept.
         progress: called with (bytes written, bytes in all).
@@ -50,7 +51,7 @@ def convert(
     """
     src, out = Path(src_path), Path(out_path)
     to_gguf = out.suffix == ".gguf"
-    known = FILE_TYPES if to_gguf else STORED
+    known = tuple(MIXTURES if to_gguf else STORED)
     if file_type not in known:
         form = "GGUF file" if to_gguf else "folder of safetensors"
         raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from refimpl.checkpoint.atomic import atomic_file
 from refimpl.checkpoint.block_types import BlockType, block_type, encode
 from refimpl.checkpoint.hf_write import Progress
+from refimpl.checkpoint.mixtures import MIXTURES, TypeOf, file_type_id, mixture
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import FULL, ModelConfig
 from refimpl.config_gguf import to_gguf
@@ -28,36 +29,11 @@ from refimpl.text.pretokenizer import SPLITS
 from refimpl.text.vocabulary import Vocabulary
 
 Array = NDArray[Any]
-TypeOf = Callable[[TensorSpec], str]
 Blocks = Callable[[TensorSpec, BlockType], Iterable[Array]]
 """Gives a tensor's stored bytes in a type, in order, as arrays of bytes or of plain values."""
 
-FILE_TYPES = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32),
-              "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2)}  # fmt: skip
-"""Name to (ggml type of most matrices, `general.file_type` as llama.cpp numbers it)."""
-
 CHUNK_VALUES = 1 << 22
 _QUANTIZATION_VERSION = 2
-
-
-def default_type(file_type: str) -> TypeOf:
-    """The type of each tensor in a file of that type.
-
-    Norms, router, biases and divisors are F32. Rows that do not fill blocks fall back to F16. In
-    'q4_0' files the embedding table and the output head are Q8_0: llama-quantize gives the head
-    more bits too (Q6_K), because every token passes through it.
-    """
-    name = FILE_TYPES[file_type][0]
-
-    def type_of(spec: TensorSpec) -> str:
-        if spec.stays_f32 or len(spec.shape) == 1:
-            return "F32"
-        wanted = name
-        if name == "Q4_0" and spec.role in ("embedding", "head"):
-            wanted = "Q8_0"
-        return "F16" if spec.shape[-1] % block_type(wanted).block_values else wanted
-
-    return type_of
 
 
 def write_gguf(
@@ -76,10 +52,10 @@ def write_gguf(
     encoded a few rows at a time.
 
     Args:
-        file_type: 'f32', 'f16', 'bf16', 'q8_0' or 'q4_0'.
+        file_type: a key of `refimpl.checkpoint.mixtures.MIXTURES`.
         vocabulary: the tokenizer; without one the file says so and prompts must be token ids.
         mtp: whether the MTP layers are written.
-        type_of: the type of each tensor, in place of `default_type(file_type)`.
+        type_of: the type of each tensor, in place of the mixture's.
         name: `general.name`; the default is the name of the output file.
         progress: called with (bytes written, bytes in all).
 
@@ -88,11 +64,11 @@ def write_gguf(
         CheckpointError: a value does not fit the type.
         ConfigError: the configuration cannot be expressed in GGUF.
     """
-    if file_type not in FILE_TYPES:
-        raise InputError(f"type is {file_type!r}, expected one of {', '.join(FILE_TYPES)}")
+    if file_type not in MIXTURES:
+        raise InputError(f"type is {file_type!r}, expected one of {', '.join(MIXTURES)}")
     config = source.config if mtp else source.config.without_mtp()
     write_blocks(
-        config, Path(out), FILE_TYPES[file_type][1], type_of or default_type(file_type),
+        config, Path(out), file_type_id(file_type), type_of or mixture(file_type, config),
         lambda spec, kind: _encoded(source, spec, kind), vocabulary, name, progress,
     )  # fmt: skip
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.checkpoint.block_types import BlockType, block_type
-from refimpl.checkpoint.gguf_write import FILE_TYPES, TypeOf, rope_divisors, write_blocks
+from refimpl.checkpoint.gguf_write import rope_divisors, write_blocks
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
+from refimpl.checkpoint.mixtures import MIXTURES, TypeOf, file_type_id, mixture
 from refimpl.checkpoint.random_blocks import can_be_random, random_rows
 from refimpl.checkpoint.synth import byte_vocabulary, random_chunks, weight_std
 from refimpl.config import PER_LAYER_FIELDS, SLIDING, ModelConfig, published
@@ -32,14 +33,14 @@ Array = NDArray[Any]
 LAYERS = 5
 EXPERTS, VOCAB = 64, 16384
 
-# general.file_type as llama.cpp numbers it (llama.h, llama_ftype); names of one type for all
-# matrices beside those of mixtures.
+_MIXED = ("q4_k_s", "q4_k_m", "q5_k_m")
+# general.file_type as llama.cpp numbers it (llama.h, llama_ftype), of further types.
 _FILE_TYPE_IDS = {
-    "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q4_k_s": 14, "q5_k": 16,
-    "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "iq3_xxs": 23, "iq4_nl": 25, "iq3_s": 26, "iq2_s": 28,
-    "iq4_xs": 30,
+    "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "iq2_xxs": 19,
+    "iq2_xs": 20, "iq3_xxs": 23, "iq3_s": 26, "iq2_s": 28,
 }  # fmt: skip
-TYPES = (*FILE_TYPES, *_FILE_TYPE_IDS)
+_ONE_TYPE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q6_k", "iq4_nl", "iq4_xs")
+TYPES = (*_ONE_TYPE, *_MIXED, *_FILE_TYPE_IDS)
 
 
 def slice_config(experts: int = EXPERTS, vocab: int = VOCAB, mtp: int = 0) -> ModelConfig:
@@ -75,33 +76,21 @@ def slice_config(experts: int = EXPERTS, vocab: int = VOCAB, mtp: int = 0) -> Mo
 def type_rule(name: str, config: ModelConfig) -> TypeOf:
     """The type of each tensor in a slice of that type.
 
-    'q4_k_s' is the mixture of the official file (llama.cpp's default): Q4_K, the head Q6_K,
-    attn_v of the first four layers and ffn_down of the first eighth of the layers Q5_K. Any other
+    'q4_k_s' (that of the official file), 'q4_k_m' and 'q5_k_m' are llama.cpp's mixtures. Any other
     name is one type for all matrices. Norms, router, biases and divisors are F32.
     """
-    base = block_type("Q4_K" if name == "q4_k_s" else name.upper())
+    if name in _MIXED:
+        return mixture(name, config)
+    base = block_type(name.upper())
     if not can_be_random(base.name):
         raise InputError(f"blocks of type {base.name} cannot be made at random")
 
     def type_of(spec: TensorSpec) -> str:
         if spec.stays_f32 or len(spec.shape) == 1:
             return "F32"
-        wanted = base.name
-        if name == "q4_k_s":
-            wanted = _q4_k_s(spec, config)
-        return "F16" if spec.shape[-1] % block_type(wanted).block_values else wanted
+        return "F16" if spec.shape[-1] % base.block_values else base.name
 
     return type_of
-
-
-def _q4_k_s(spec: TensorSpec, config: ModelConfig) -> str:
-    if spec.key == "lm_head":
-        return "Q6_K"
-    layer = config.num_layers if spec.layer is None else spec.layer
-    down = spec.key in ("down_proj", "experts.down", "shared.down")
-    if (spec.key == "v_proj" and layer < 4) or (down and layer < config.num_layers // 8):
-        return "Q5_K"
-    return "Q4_K"
 
 
 def write_random(
@@ -122,7 +111,8 @@ def write_random(
     if out.suffix == ".gguf":
         if file_type not in TYPES:
             raise InputError(f"type is {file_type!r}, expected one of {', '.join(TYPES)}")
-        number = FILE_TYPES[file_type][1] if file_type in FILE_TYPES else _FILE_TYPE_IDS[file_type]
+        known = file_type in MIXTURES
+        number = file_type_id(file_type) if known else _FILE_TYPE_IDS[file_type]
         write_blocks(
             config, out, number, type_rule(file_type, config),
             lambda spec, kind: _gguf_rows(config, spec, kind, seed),

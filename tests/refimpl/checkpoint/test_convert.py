@@ -118,7 +118,7 @@ def test_rows_that_do_not_fill_blocks_become_f16(tmp_path, micro):
     kinds = {t.name: t.kind.name for t in read_gguf(tmp_path / "m.gguf").tensors.values()}
     assert kinds["blk.1.ffn_down_exps.weight"] == "F16"
     assert kinds["blk.1.ffn_up_exps.weight"] == "Q4_0"
-    assert kinds["output.weight"] == kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["output.weight"] == "Q8_0" and kinds["token_embd.weight"] == "Q4_0"
     assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == "F32"
 
 
@@ -180,7 +180,7 @@ def test_outputs_that_cannot_be_written_are_refused(made, tmp_path):
     model = made("micro", "q8_0")
     cases = [
         (model, "f16", "is the checkpoint itself"),
-        (tmp_path / "m.gguf", "q5_k", "can hold f32, f16, bf16, q8_0, q4_0"),
+        (tmp_path / "m.gguf", "q5_k", "can hold f32, f16, bf16, q8_0, q4_0, q4_k_s"),
         (tmp_path / "folder", "q8_0", "can hold f32, f16, bf16"),
         (tmp_path / "none" / "m.gguf", "f16", "cannot be written"),
     ]
