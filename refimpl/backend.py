@@ -7,7 +7,7 @@ V vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,6 +48,21 @@ class Cache(Protocol):
     def rollback(self, n: int) -> None:
         """Forget the trunk's last `n` rows (rejected drafts); `n` is at most 3."""
 
+    def export(self) -> dict[str, Array]:
+        """Everything that is needed to go on from here, by name (see `decoding.state`)."""
+
+    def refill(self, arrays: dict[str, Array]) -> None:
+        """Fill this empty cache with what `export` gave for another one of the same backend;
+        takes what it uses out of `arrays`. Raises `InputError` for anything that does not fit."""
+
+    def snapshot(self) -> Any:
+        """What `restore` needs to come back to this moment: the rows that rings will overwrite
+        are copied, those of full-attention layers are not."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Back to the moment of `snapshot`, any number of tokens ago; it stays usable until a
+        `rollback` or an older `restore` goes behind it."""
+
 
 class Backend(Protocol):
     """A model that can be run. All methods raise `InputError` for bad tokens or lengths."""
@@ -58,6 +73,10 @@ class Backend(Protocol):
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens."""
+
+    def identity(self) -> Mapping[str, str]:
+        """What the bits of a cache depend on besides its tokens: 'weights' (a fingerprint) and
+        'arithmetic' (the backend with its precision, KV type and instruction set)."""
 
     def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
         """Append a chunk of a prompt; any split into chunks gives the same result."""

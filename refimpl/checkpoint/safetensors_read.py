@@ -42,7 +42,15 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     Raises:
         CheckpointError: not a safetensors file, damaged, or unsafe; says what was found.
     """
-    data = map_file(path)
+    return parse_safetensors(path, map_file(path))[0]
+
+
+def parse_safetensors(path: Path, data: Bytes) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The tensors by name and the `__metadata__` in bytes (n,) of this layout.
+
+    Raises:
+        CheckpointError: as `read_safetensors`.
+    """
     size = len(data)
     if size < 8:
         raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
@@ -61,7 +69,10 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         if name != "__metadata__":
             entries[name] = _entry(path, name, value, len(body))
     _require_tiling(path, entries, len(body))
-    return {n: Entry(d, shape, body[a:b]) for n, (d, shape, a, b) in entries.items()}
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__ of the header is not an object")
+    return {n: Entry(d, shape, body[a:b]) for n, (d, shape, a, b) in entries.items()}, metadata
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

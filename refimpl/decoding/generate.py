@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from refimpl.backend import Array, Backend, Tokens
+from refimpl.backend import Array, Backend, Cache, Step, Tokens
 from refimpl.decoding.generation import (
     DraftStats,
     GenerateOptions,
@@ -28,11 +28,13 @@ from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.decoding.policy import AutoDepth, DraftPolicy, FixedDepth
 from refimpl.decoding.sampling import fresh_seed
 from refimpl.decoding.speculative import Picker
+from refimpl.decoding.state import SavedPrompt
 from refimpl.decoding.stopping import Ending, FinishReason, TextDecoder
 from refimpl.errors import InputError
 
 OnTokens = Callable[[Sequence[int], str], None]
 OnPrefill = Callable[[int, int], None]
+OnPrefilled = Callable[[Cache, Step], None]
 
 
 def generate(
@@ -45,6 +47,8 @@ def generate(
     on_prefill: OnPrefill | None = None,
     kept: KeptCache | None = None,
     mark: int = 0,
+    saved: SavedPrompt | None = None,
+    on_prefilled: OnPrefilled | None = None,
 ) -> Generation:
     """Continue `prompt_ids` until a stop, the wanted number of tokens, or the context's end.
 
@@ -59,19 +63,25 @@ def generate(
         kept: the cache of a conversation: what it holds of the prompt is not run again. Its
             capacity should be `options.context`.
         mark: after so many tokens of the prompt, mark the moment in `kept` (0: do not).
+        saved: the prompt's beginning as a state file holds it, which is not run again; not
+            together with `kept`.
+        on_prefilled: called once the prompt has been run, with what `save_state` takes.
 
     Returns:
         What there is; after Ctrl-C (KeyboardInterrupt, from anywhere) what there is until then.
 
     Raises:
         InputError: the prompt is empty, holds an id outside the vocabulary or exceeds the
-            context, or the model has too few MTP layers for `options.mtp`.
+            context, does not begin with the tokens of `saved`, or the model has too few MTP
+            layers for `options.mtp`.
     """
     if options.stop_strings and new_decoder is None:
         raise InputError("stop strings need the text: give generate() a decoder")
-    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens, kept)
+    # A state is for runs with drafts too, so the MTP layers must see the rows of its prompt.
+    drafting = options.mtp != 0 or on_prefilled is not None
+    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens, kept, saved, drafting)
     try:
-        run.prefill(on_prefill, mark)
+        run.prefill(on_prefill, mark, on_prefilled)
         while run.finish_reason is None:
             run.step()
         run.flush()
@@ -130,6 +140,8 @@ class _Run:
         new_decoder: Callable[[], TextDecoder] | None,
         on_tokens: OnTokens | None,
         kept: KeptCache | None,
+        saved: SavedPrompt | None,
+        drafting: bool,
     ) -> None:
         config = backend.config
         layers = config.num_nextn_predict_layers
@@ -141,7 +153,9 @@ class _Run:
         self._prompt = check_prompt(prompt_ids, config.vocab_size, context)
         self._options = options
         self._policy = draft_policy(options.mtp, layers)
-        self._drafting = options.mtp != 0 and layers > 0
+        self._drafting = drafting and layers > 0
+        if saved is not None:
+            saved.require_prefix(self._prompt)
         # The trunk runs every token but the newest: one more token than positions is possible.
         room = context + 1 - len(self._prompt)
         self._ending = Ending(
@@ -153,6 +167,9 @@ class _Run:
         self._kept = kept or KeptCache(backend, min(wanted, context))
         self._done = self._kept.begin(self._prompt, self._drafting)
         self._cache = self._kept.cache
+        self._resumed: Step | None = None
+        if saved is not None:
+            self._resumed, self._done = saved.fill(self._cache, config), len(saved.tokens)
         self._all = list(self._prompt)  # tokens of the trunk and the newest one
         self._seed = None if sampling.greedy else seed
         self._picker = Picker(sampling, np.random.default_rng(seed))
@@ -164,15 +181,23 @@ class _Run:
         self._records: list[StepRecord] = []
         self.finish_reason: FinishReason | None = None
 
-    def prefill(self, on_prefill: OnPrefill | None, mark: int) -> None:
+    def prefill(
+        self, on_prefill: OnPrefill | None, mark: int, on_prefilled: OnPrefilled | None
+    ) -> None:
         """Run the prompt, except what the cache holds of it, and emit the first new token."""
-        prompt, end = self._prompt, self._done
+        prompt, end, size = self._prompt, self._done, self._options.prefill_chunk
         self._kept.busy()
+        start, step = 0, self._resumed
+        if step is not None:
+            start = end - len(step.hidden)
+            if end < len(prompt):
+                self._draft(step.hidden, prompt[start + 1 : end + 1], 0)
         if self._kept.waiting is not None:
             self._draft(*self._kept.waiting, 0)
         while end < len(prompt):
             began = time.perf_counter()
-            start, end = end, min(end + self._options.prefill_chunk, len(prompt))
+            # Chunks end at multiples of their size, wherever the first one begins.
+            start, end = end, min((end // size + 1) * size, len(prompt))
             if start < mark < len(prompt):
                 end = min(end, mark)
             self._kept.busy()
@@ -185,6 +210,12 @@ class _Run:
             self._prefill_s += time.perf_counter() - began
             if on_prefill is not None:
                 on_prefill(end, len(prompt))
+        assert step is not None
+        if on_prefilled is not None:
+            on_prefilled(self._cache, step)
+        if not self._options.max_new_tokens:
+            self.finish_reason = "length"
+            return
         began = time.perf_counter()
         token = self._picker.pick(step.logits[-1])
         now = time.perf_counter()

@@ -15,7 +15,7 @@ class GenerateOptions:
     """How to continue a prompt.
 
     Attributes:
-        max_new_tokens: stop after that many.
+        max_new_tokens: stop after that many; 0 only runs the prompt.
         sampling: how each token is picked.
         mtp: drafts in each step, or "auto" for as many as pay off (`policy.AutoDepth`).
         stop_tokens: ids that end the text; None means the configuration's `eos_token_id`.
@@ -38,10 +38,10 @@ class GenerateOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk", "context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            value, least = getattr(self, name), 0 if name == "max_new_tokens" else 1
+            if value is not None and value < least:
                 shown = name.replace("_", "-")
-                raise InputError(f"{shown} is {value}, expected 1 or more")
+                raise InputError(f"{shown} is {value}, expected {least} or more")
         if self.mtp != "auto" and self.mtp < 0:
             raise InputError(f"mtp is {self.mtp}, expected 0 or more drafts, or 'auto'")
 
@@ -124,7 +124,7 @@ class Timings:
     def prefill_tokens_per_s(self) -> float | None:
         """Speed of the prefill; None where nothing was measured."""
         ran = self.prompt_tokens - self.reused_tokens
-        return ran / self.prefill_s if self.prefill_s > 0 else None
+        return ran / self.prefill_s if ran and self.prefill_s > 0 else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:

@@ -8,11 +8,68 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from refimpl.errors import InputError
 
 Array = NDArray[Any]
 
 SPECULATIVE_ROWS = 3  # the most rows that one verification can reject (three MTP drafts)
+
+
+def take(
+    arrays: dict[str, Array], name: str, shape: tuple[int | None, ...], dtype: DTypeLike
+) -> Array:
+    """Take an array of a saved cache out of `arrays`; None in `shape` stands for any size.
+
+    Raises:
+        InputError: it is missing, or of another shape or type.
+    """
+    found = arrays.pop(name, None)
+    sizes = ", ".join("any" if n is None else str(n) for n in shape)
+    wanted = f"{np.dtype(dtype)} of shape ({sizes})"
+    if found is None:
+        raise InputError(f"the saved state has no '{name}', expected {wanted}")
+    fits = len(found.shape) == len(shape) and all(
+        n is None or n == size for n, size in zip(shape, found.shape, strict=True)
+    )
+    if not fits or found.dtype != np.dtype(dtype):
+        raise InputError(
+            f"the saved state has '{name}' as {found.dtype} of shape {found.shape}, expected "
+            f"{wanted}"
+        )
+    return found
+
+
+def take_tokens(arrays: dict[str, Array], capacity: int) -> list[int]:
+    """Take the `tokens` (T,) of a saved cache, 1 to `capacity` of them.
+
+    Raises:
+        InputError: missing, of another form, none or too many.
+    """
+    found = take(arrays, "tokens", (None,), np.int64)
+    if not 0 < len(found) <= capacity:
+        raise InputError(f"the saved state has {len(found)} tokens, the context holds {capacity}")
+    tokens: list[int] = found.tolist()
+    return tokens
+
+
+def require_rows(level: int, rows: int, done: int, pending: int, length: int) -> None:
+    """Refuse counts of an MTP layer's rows that no run can give.
+
+    Args:
+        rows: trunk rows that the MTP layers were given, of `length` trunk tokens.
+        done, pending: rows of the layer that were run, and that wait.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    ends = done + pending
+    if not (0 <= done <= ends <= rows <= length) or (level == 0 and ends != rows):
+        raise InputError(
+            f"the saved state has {done} rows done and {pending} waiting in MTP layer {level}, "
+            f"of {rows} in {length} tokens; these contradict each other"
+        )
 
 
 class LayerCache(Protocol):
@@ -26,6 +83,19 @@ class LayerCache(Protocol):
 
     def rollback(self, n: int) -> None:
         """Forget the newest `n` rows."""
+
+    def snapshot(self) -> Any:
+        """What `restore` needs to come back to this moment."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Back to the moment of `snapshot`; it stays usable. Rows that a growing cache held then
+        must not have been rolled back since: it does not copy them."""
+
+    def newest(self) -> Array:
+        """A copy of the rows that are kept, oldest first: keys and values (2, S, g, D)."""
+
+    def refill(self, length: int, arrays: dict[str, Array], name: str) -> None:
+        """Take what `newest` gave at that length, as `name` in `arrays` (see `take`)."""
 
 
 class GrowingCache:
@@ -54,6 +124,24 @@ class GrowingCache:
         if not 0 <= n <= self.length:
             raise ValueError(f"cannot roll back {n} of {self.length} rows")
         self.length -= n
+
+    def newest(self) -> Array:
+        """See `LayerCache.newest`; all rows."""
+        return self._rows[:, : self.length].copy()
+
+    def refill(self, length: int, arrays: dict[str, Array], name: str) -> None:
+        """See `LayerCache.refill`."""
+        rows = take(arrays, name, (2, length, *self._rows.shape[2:]), self._rows.dtype)
+        self.length = 0
+        self.extend(rows[0], rows[1])
+
+    def snapshot(self) -> int:
+        """See `LayerCache.snapshot`."""
+        return self.length
+
+    def restore(self, snapshot: int) -> None:
+        """See `LayerCache.restore`."""
+        self.length = snapshot
 
 
 class RingCache:
@@ -91,3 +179,28 @@ class RingCache:
             raise ValueError(f"cannot roll back {n} rows of a ring that keeps {self._undoable}")
         self._undoable -= n
         self.length -= n
+
+    def newest(self) -> Array:
+        """See `LayerCache.newest`; the newest window - 1 + `SPECULATIVE_ROWS` rows."""
+        return self._rows[:, self._kept(self.length)]
+
+    def refill(self, length: int, arrays: dict[str, Array], name: str) -> None:
+        """See `LayerCache.refill`."""
+        slots = self._kept(length)
+        rows = take(arrays, name, (2, len(slots), *self._rows.shape[2:]), self._rows.dtype)
+        self._rows[:, slots] = rows
+        self.length, self._undoable = length, min(length, SPECULATIVE_ROWS)
+
+    def _kept(self, length: int) -> Array:
+        """Slots of the rows that are kept at a length, oldest first."""
+        kept: Array = np.arange(max(0, length - self._slots), length) % self._slots
+        return kept
+
+    def snapshot(self) -> tuple[int, int, Array]:
+        """See `LayerCache.snapshot`; the rows are copied, for the ring overwrites them."""
+        return self.length, self._undoable, self._rows.copy()
+
+    def restore(self, snapshot: tuple[int, int, Array]) -> None:
+        """See `LayerCache.restore`."""
+        self.length, self._undoable, rows = snapshot
+        self._rows[:] = rows

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refimpl.backend import Array
+from refimpl.backend import Array, Tokens
 from refimpl.config import LayerSpec, ModelConfig
-from refimpl.decoding.kv import SPECULATIVE_ROWS
+from refimpl.decoding.kv import SPECULATIVE_ROWS, require_rows, take, take_tokens
 from refimpl.engine.attention import KvType
 from refimpl.engine.fields import Kv
 from refimpl.engine.memory import Bytes, address, round_up, zeroed
+from refimpl.errors import InputError
 
 GROUP = 16  # positions whose keys lie side by side
+_SYNTHETIC_VALUES = 1 << 20  # random values that are repeated
+_VALUE_TYPES = {"f16": np.float16, "f32": np.float32, "q8_0": np.int8}
 
 
 def layer_slots(spec: LayerSpec, capacity: int, rows: int, ring: bool) -> int:
@@ -48,6 +51,20 @@ class LayerKv:
             zeroed(size)
             for size in (values * kv.value_bytes, values * kv.value_bytes, scale_bytes, scale_bytes)
         ]
+        self._window, self._slots = spec.window, slots
+        g, lanes, blocks = spec.num_attention_groups, spec.head_dim, spec.head_dim // 32
+        value = np.dtype(_VALUE_TYPES[kv.name])
+        shapes = (
+            ("keys", value, (g, slots // GROUP, lanes, GROUP)),
+            ("values", value, (g, slots, lanes)),
+            ("key_scales", np.dtype(np.float16), (g, slots // GROUP, blocks, GROUP)),
+            ("value_scales", np.dtype(np.float16), (g, slots, blocks)),
+        )
+        self._views: dict[str, Array] = {
+            name: part.view(dtype).reshape(shape)
+            for (name, dtype, shape), part in zip(shapes, self._parts, strict=True)
+            if part.size
+        }
         self.record: NDArray[np.int64] = np.zeros(int(Kv.SIZE), dtype=np.int64)
         numbers = (Kv.KEYS, Kv.VALUES, Kv.KEY_SCALES, Kv.VALUE_SCALES)
         for number, part in zip(numbers, self._parts, strict=True):
@@ -58,6 +75,64 @@ class LayerKv:
     def nbytes(self) -> int:
         """Bytes of keys, values and scales."""
         return sum(part.nbytes for part in self._parts)
+
+    def export(self, name: str, length: int) -> dict[str, Array]:
+        """The rows that the next one may see at a length, oldest first: `name`.keys and
+        `name`.values (n, g, D), with q8_0 also their scales (n, g, D / 32)."""
+        slots = self._kept(length)
+        made = {}
+        for part, view in self._views.items():
+            if view.ndim == 4:
+                made[f"{name}.{part}"] = view[:, slots // GROUP, :, slots % GROUP]
+            else:
+                made[f"{name}.{part}"] = view[:, slots].transpose(1, 0, 2)
+        return made
+
+    def refill(self, name: str, length: int, arrays: dict[str, Array]) -> None:
+        """Take what `export` gave at that length.
+
+        Raises:
+            InputError: missing, or of another shape or type.
+        """
+        slots = self._kept(length)
+        for part, view in self._views.items():
+            shape = (len(slots), view.shape[0], view.shape[2])
+            rows = take(arrays, f"{name}.{part}", shape, view.dtype)
+            if view.ndim == 4:
+                view[:, slots // GROUP, :, slots % GROUP] = rows
+            else:
+                view[:, slots] = rows.transpose(1, 0, 2)
+
+    def _kept(self, length: int) -> Array:
+        rows = length if self._window is None else self._window - 1 + SPECULATIVE_ROWS
+        kept: Array = np.arange(max(0, length - rows), length) % self._slots
+        return kept
+
+    def snapshot(self) -> list[Bytes]:
+        """Copies of everything, for a ring."""
+        return [part.copy() for part in self._parts]
+
+    def restore(self, snapshot: list[Bytes]) -> None:
+        """Back to the moment of the snapshot."""
+        for part, held in zip(self._parts, snapshot, strict=True):
+            part[:] = held
+
+    def blocks(self) -> list[Bytes]:
+        """The arrays that keys, values and scales live in."""
+        return list(self._parts)
+
+    def fill_synthetic(self, rng: np.random.Generator) -> None:
+        """Random keys and values of about unit variance in every slot."""
+        for part, view in self._views.items():
+            count = min(view.size, _SYNTHETIC_VALUES)
+            block: Array = rng.standard_normal(count, dtype=np.float32)
+            if part.endswith("scales"):
+                block = np.full(count, 1 / 64)  # codes have a standard deviation of about 64
+            elif view.dtype == np.int8:
+                block = rng.integers(-111, 112, count)
+            flat, block = view.reshape(-1), block.astype(view.dtype)
+            for at in range(0, view.size, count):
+                flat[at : at + count] = block[: view.size - at]
 
 
 class MtpState:
@@ -94,6 +169,15 @@ class MtpState:
         rows, self.pending[level] = self.pending[level], []
         return self.start[level], rows
 
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs; queued rows are never written to, only lists are."""
+        return [list(queue) for queue in self.pending], list(self.start), self.rows
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Back to the moment of the snapshot."""
+        pending, start, self.rows = snapshot
+        self.pending, self.start = [list(queue) for queue in pending], list(start)
+
 
 class EngineCache:
     """Keys and values of one sequence: trunk layers, MTP layers, and what drafting keeps."""
@@ -129,3 +213,81 @@ class EngineCache:
             raise ValueError(f"cannot roll back {n} rows; {self.undoable} can be")
         self.undoable -= n
         del self.tokens[self.length - n :]
+
+    def export(self) -> dict[str, Array]:
+        """tokens (T,), `LayerKv.export` of every layer as kv.I, and of the MTP layers mtp.rows
+        (1,), mtp.start (layers,) and, where rows wait, mtp.pending.K (R, H)."""
+        made: dict[str, Array] = {"tokens": np.array(self.tokens, dtype=np.int64)}
+        for i, layer in enumerate(self.layers):
+            made |= layer.export(f"kv.{i}", self._rows_of(i, self.length, self.mtp.start))
+        made["mtp.rows"] = np.array([self.mtp.rows])
+        made["mtp.start"] = np.array(self.mtp.start, dtype=np.int64)
+        for k, rows in enumerate(self.mtp.pending):
+            if rows:
+                made[f"mtp.pending.{k}"] = np.concatenate(rows)
+        return made
+
+    def refill(self, arrays: dict[str, Array]) -> None:
+        """Fill this empty cache with what `export` gave.
+
+        Raises:
+            InputError: anything that does not fit.
+        """
+        tokens = take_tokens(arrays, self.capacity)
+        mtp = self.mtp
+        (rows,) = take(arrays, "mtp.rows", (1,), np.int64).tolist()
+        start = take(arrays, "mtp.start", (len(mtp.start),), np.int64).tolist()
+        width = self.owner.config.hidden_size
+        for k in range(len(start)):
+            name, pending = f"mtp.pending.{k}", np.empty((0, width), np.float32)
+            if name in arrays:
+                pending = take(arrays, name, (None, width), np.float32)
+            require_rows(k, rows, start[k], len(pending), len(tokens))
+            mtp.add(k, pending)
+        mtp.rows, mtp.start = rows, start
+        for i, layer in enumerate(self.layers):
+            layer.refill(f"kv.{i}", self._rows_of(i, len(tokens), start), arrays)
+        self.tokens, self.undoable = tokens, min(len(tokens), SPECULATIVE_ROWS)
+
+    def _rows_of(self, layer: int, length: int, start: list[int]) -> int:
+        """Rows that a layer has run for good: all of the trunk's, or an MTP layer's own."""
+        k = layer - (len(self.layers) - len(start))
+        return length if k < 0 else start[k]
+
+    def blocks(self) -> list[Bytes]:
+        """The arrays that keys, values and scales of all layers live in."""
+        return [part for layer in self.layers for part in layer.blocks()]
+
+    def fill_synthetic(self, tokens: Tokens, seed: int = 1) -> None:
+        """Make as if `tokens` had been run, with random keys and values: for timing at depths
+        whose prefill would take hours.
+
+        Raises:
+            InputError: more tokens than the cache can hold.
+        """
+        ids = np.asarray(tokens, dtype=np.int64).tolist()
+        if len(ids) > self.capacity:
+            raise InputError(f"{len(ids)} tokens do not fit the context of {self.capacity}")
+        rng = np.random.default_rng(seed)
+        for layer in self.layers:
+            layer.fill_synthetic(rng)
+        n = len(ids)
+        self.tokens, self.undoable = ids, min(n, SPECULATIVE_ROWS)
+        self.mtp.restore(([[] for _ in self.mtp.start], [n] * len(self.mtp.start), n))
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """See `refimpl.backend.Cache.snapshot`."""
+        rings = [layer.snapshot() for layer in self._rings()]
+        return self.length, self.undoable, rings, self.mtp.snapshot()
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """See `refimpl.backend.Cache.restore`."""
+        length, self.undoable, rings, mtp = snapshot
+        for layer, held in zip(self._rings(), rings, strict=True):
+            layer.restore(held)
+        self.mtp.restore(mtp)
+        del self.tokens[length:]
+
+    def _rings(self) -> list[LayerKv]:
+        """Layers whose old rows are overwritten by new ones."""
+        return [layer for layer in self.layers if layer.record[Kv.SLOTS] < self.capacity]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from refimpl.backend import Cache, Step, Tokens
+from refimpl.checkpoint.fingerprint import fingerprint
 from refimpl.checkpoint.source import WeightSource
 from refimpl.config import LayerSpec, ModelConfig
-from refimpl.decoding.kv import SPECULATIVE_ROWS, GrowingCache, LayerCache, RingCache
+from refimpl.decoding.kv import (
+    SPECULATIVE_ROWS,
+    GrowingCache,
+    LayerCache,
+    RingCache,
+    take_tokens,
+)
 from refimpl.errors import InputError
 from refimpl.reference.block import decoder_layer
 from refimpl.reference.mtp import MtpCache, draft_chain, mtp_head, teacher_forced
@@ -24,8 +32,11 @@ _MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
 class ReferenceCache:
     """Keys and values of one sequence for the reference: one cache per layer, MTP's included."""
 
-    def __init__(self, layers: Iterable[LayerCache], mtp: MtpCache, capacity: int) -> None:
+    def __init__(
+        self, layers: Iterable[LayerCache], mtp: MtpCache, capacity: int, row: Array
+    ) -> None:
         self.layers = list(layers)
+        self._row = row
         self.mtp = mtp
         self.capacity = capacity
         self.tokens: list[int] = []
@@ -42,6 +53,36 @@ class ReferenceCache:
         for layer in self.layers:
             layer.rollback(n)
         del self.tokens[self.length - n :]
+
+    def export(self) -> dict[str, Array]:
+        """tokens (T,), kv.I per trunk layer as `LayerCache.newest`, and `MtpCache.export`."""
+        made: dict[str, Array] = {"tokens": np.array(self.tokens, dtype=np.int64)}
+        made |= {f"kv.{i}": layer.newest() for i, layer in enumerate(self.layers)}
+        return made | self.mtp.export()
+
+    def refill(self, arrays: dict[str, Array]) -> None:
+        """Fill this empty cache with what `export` gave.
+
+        Raises:
+            InputError: anything that does not fit.
+        """
+        tokens = take_tokens(arrays, self.capacity)
+        for i, layer in enumerate(self.layers):
+            layer.refill(len(tokens), arrays, f"kv.{i}")
+        self.mtp.refill(arrays, len(tokens), self._row)
+        self.tokens = tokens
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """See `refimpl.backend.Cache.snapshot`."""
+        return len(self.tokens), [layer.snapshot() for layer in self.layers], self.mtp.snapshot()
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """See `refimpl.backend.Cache.restore`."""
+        length, layers, mtp = snapshot
+        for layer, held in zip(self.layers, layers, strict=True):
+            layer.restore(held)
+        self.mtp.restore(mtp)
+        del self.tokens[length:]
 
 
 class ReferenceModel:
@@ -89,7 +130,17 @@ class ReferenceModel:
         n = self.config.num_hidden_layers
         layers = self._weights.layers
         mtp = MtpCache([self._layer_cache(s, capacity) for s in layers[n:]])
-        return ReferenceCache((self._layer_cache(s, capacity) for s in layers[:n]), mtp, capacity)
+        row = np.zeros((1, self.config.hidden_size), self._weights.numerics.dtype)
+        trunk = (self._layer_cache(s, capacity) for s in layers[:n])
+        return ReferenceCache(trunk, mtp, capacity, row)
+
+    def identity(self) -> dict[str, str]:
+        """What the bits of a cache depend on; see `Backend.identity`."""
+        w = self._weights
+        changed = {k: v for k, v in vars(w.variant).items() if v != getattr(NORMATIVE, k)}
+        kind = "" if self._ring else " without rings"
+        arithmetic = f"reference {w.numerics.name}{kind}" + (f" {changed}" if changed else "")
+        return {"weights": fingerprint(w.source), "arithmetic": arithmetic}
 
     def _layer_cache(self, spec: LayerSpec, capacity: int) -> LayerCache:
         dtype = self._weights.numerics.dtype

@@ -12,10 +12,11 @@ the trunk has not processed yet; hidden rows exist for t = 0..n-1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from refimpl.decoding.kv import LayerCache
+from refimpl.decoding.kv import LayerCache, require_rows, take
 from refimpl.reference.block import decoder_layer
 from refimpl.reference.numerics import Array
 from refimpl.reference.weights import Weights
@@ -44,6 +45,49 @@ class MtpCache:
         """The queued rows of a layer, which is then empty."""
         rows, self.pending[level] = self.pending[level], []
         return rows
+
+    def export(self) -> dict[str, Array]:
+        """Everything here by name: mtp.rows (1,), mtp.done (layers,), and per layer with rows
+        mtp.pending.K (R, H); mtp.kv.K as `LayerCache.newest`."""
+        made: dict[str, Array] = {
+            "mtp.rows": np.array([self.rows]),
+            "mtp.done": np.array(self.done, dtype=np.int64),
+        }
+        for k, (kv, rows) in enumerate(zip(self.kv, self.pending, strict=True)):
+            made[f"mtp.kv.{k}"] = kv.newest()
+            if rows:
+                made[f"mtp.pending.{k}"] = np.concatenate(rows)
+        return made
+
+    def refill(self, arrays: dict[str, Array], length: int, row: Array) -> None:
+        """Take what `export` gave after at most `length` trunk tokens; `row` (1, H) shows type and
+        width of hidden rows.
+
+        Raises:
+            InputError: anything that does not fit.
+        """
+        (rows,) = take(arrays, "mtp.rows", (1,), np.int64).tolist()
+        done = take(arrays, "mtp.done", (len(self.kv),), np.int64).tolist()
+        for k, kv in enumerate(self.kv):
+            name, pending = f"mtp.pending.{k}", row[:0]
+            if name in arrays:
+                pending = take(arrays, name, (None, row.shape[1]), row.dtype)
+            require_rows(k, rows, done[k], len(pending), length)
+            kv.refill(done[k], arrays, f"mtp.kv.{k}")
+            self.add(k, np.array(pending))
+        self.rows, self.done = rows, done
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """See `refimpl.backend.Cache.snapshot`; queued rows are never written to, only lists."""
+        kv = [layer.snapshot() for layer in self.kv]
+        return kv, list(self.done), [list(queue) for queue in self.pending], self.rows
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """See `refimpl.backend.Cache.restore`."""
+        kv, done, pending, self.rows = snapshot
+        for layer, held in zip(self.kv, kv, strict=True):
+            layer.restore(held)
+        self.done, self.pending = list(done), [list(queue) for queue in pending]
 
 
 def draft_chain(

@@ -257,7 +257,7 @@ def test_what_cannot_be_run_is_refused(markov, config, prompt, options, message:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max-new-tokens is 0"),
+        ({"max_new_tokens": -1}, "max-new-tokens is -1, expected 0 or more"),
         ({"prefill_chunk": 0}, "prefill-chunk is 0"),
         ({"context": -5}, "context is -5"),
         ({"mtp": -1}, "mtp is -1"),
