@@ -101,7 +101,7 @@ def form_bytes(form: int, columns: int) -> int:
 
 def scratch_bytes(columns: int) -> int:
     """Bytes that `prepare` needs for itself."""
-    return _padded(columns) * 9 // 4 + 64
+    return int(_padded.py_func(columns)) * 9 // 4 + 64  # uncompiled: called once
 
 
 @njit(forceinline=True)

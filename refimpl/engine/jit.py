@@ -25,7 +25,8 @@ def cfunc(signature: Any, **options: Any) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         try:
-            return numba.cfunc(signature, **options)(function)
+            with event.install_listener("numba:run_pass", _Listener()):
+                return numba.cfunc(signature, **options)(function)
         except RuntimeError as error:
             if "cannot cache" not in str(error):
                 raise
@@ -34,14 +35,12 @@ def cfunc(signature: Any, **options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-class _Once(event.Listener):
-    """Calls a function when the first compilation begins."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Callable[[], None] | None = function
+class _Listener(event.Listener):
+    """Hears of compilation, as against loading what is found compiled on disk."""
 
     def on_start(self, event: Any) -> None:
-        function, self._function = self._function, None
+        global _waiting
+        function, _waiting = _waiting, None
         if function is not None:
             function()
 
@@ -49,12 +48,15 @@ class _Once(event.Listener):
         pass
 
 
+_waiting: Callable[[], None] | None = None
+
+
 @contextlib.contextmanager
 def announced(function: Callable[[], None] | None) -> Iterator[None]:
-    """Calls `function` once if anything is compiled inside, before it is; code that is found
-    compiled on disk does not count."""
-    if function is None:
+    """Calls `function` once if a kernel has to be compiled inside, before it is."""
+    global _waiting
+    _waiting = function
+    try:
         yield
-        return
-    with event.install_listener("numba:run_pass", _Once(function)):
-        yield
+    finally:
+        _waiting = None
