@@ -17,6 +17,7 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "compare": "hwmodel.cli_tables:compare",
         "sweep": "hwmodel.cli_tables:sweep",
         "explain": "hwmodel.cli_tables:explain",
+        "rivals": "hwmodel.cli_rivals:rivals",
     },
     context_settings=SETTINGS,
 )

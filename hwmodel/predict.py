@@ -21,6 +21,13 @@ from refimpl.errors import RefimplError
 UNSTATED_DEPTH = 0.10
 UNKNOWN_NAME = 0.20
 GUESSED_SHAPE = 0.20
+# How far a run may go beyond the measured ones of its class and engine and still be calibrated:
+# a factor of the most that was measured, or of so little that it needs no measurement.
+_REACH = (
+    ("devices", 1, 1, "devices"),
+    ("concurrency", 2, 1, "sequences"),
+    ("depth", 2, 4096, "tokens in the cache"),
+)
 BAND = 1.6  # multiple of the standard deviation where a fit states none
 
 
@@ -163,6 +170,10 @@ def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
         return "extrapolated", f"no measured run of {own['family']} on {own['class']}"
     if own["offload"] == "ssd" and all(r.config.get("offload") != "ssd" for r in fit.runs):
         return "extrapolated", "no measured run reads experts from disk"
+    for column, factor, least, what in _REACH:
+        most = max(float(r.config.get(column) or 0) for r in alike)
+        if float(own[column]) > factor * max(least, most):
+            return "extrapolated", f"no measured run there has more than {most:,.0f} {what}"
     return "calibrated", ""
 
 

@@ -207,3 +207,15 @@ def test_parts_are_finite_and_positive() -> None:
         parts, amount = step_parts(a_run(prompt_tokens=4096, drafts=2), quantity)  # type: ignore[arg-type]
         assert amount > 0
         assert all(math.isfinite(p.base_s) and p.base_s >= 0 for p in parts)
+
+
+def test_far_beyond_every_measured_run_is_an_extrapolation() -> None:
+    engine = EngineChoice(load_engine("sglang"), "cuda")
+    base = RunConfig(
+        step_shape(), load_quant("FP8-experts"), (DeviceCount(load_device("h100"), 8),), engine,
+        Placement(split="expert"), Workload(depth=2048),
+    )  # fmt: skip
+    assert predict(base).status == "calibrated"
+    rack = dataclasses.replace(base, devices=(DeviceCount(load_device("h100"), 64),))
+    found = predict(rack)
+    assert found.status == "extrapolated" and "devices" in found.reason
