@@ -2,7 +2,8 @@
 
 Fields of llama-bench: see its `test::get_fields`. Added: `engine`, `engine_version`, `kernels`
 (hash of the sources of compiled code), `simd`, `exact`, `n_rows`, `mtp`, `simulated_acceptance`,
-`synthetic_kv`, `steps`, `drafted`, `accepted`, `samples_tokens`, `resident`.
+`synthetic_kv`, `samples_tokens`, `mtp_layer_bytes` (stored bytes of each MTP layer, its head
+included), and the other attributes of `refimpl.benchmark.run.BenchResult`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def record(bench: Bench, result: BenchResult) -> dict[str, Any]:
         "steps": result.steps,
         "drafted": result.drafted,
         "accepted": result.accepted,
+        "weight_bytes_per_step": result.weight_bytes_per_step,
+        "kv_bytes_per_step": result.kv_bytes_per_step,
         "resident": result.resident,
     }
 
@@ -66,11 +69,16 @@ def _model(bench: Bench) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for t in tensors:
         sizes[t.kind.name] = sizes.get(t.kind.name, 0) + t.stored_bytes
+    mtp: dict[int, int] = {}
+    for t in tensors:
+        if t.spec.role == "mtp" and t.spec.layer is not None:
+            mtp[t.spec.layer] = mtp.get(t.spec.layer, 0) + t.stored_bytes
     return {
         "model_filename": bench.path.name,
         "model_type": f"step35 {max(sizes, key=lambda k: sizes[k])}",
         "model_size": sum(sizes.values()),
         "model_n_params": sum(t.spec.elements for t in tensors if t.spec.is_parameter),
+        "mtp_layer_bytes": [mtp[layer] for layer in sorted(mtp)],
     }
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.errors import InputError
 from refimpl.inventory import inventory
 from refimpl.text.tokenizer import NO_TOKENIZER, Tokenizer
+
+if TYPE_CHECKING:
+    from refimpl.engine.stats import TrafficCounter
 
 Note = Callable[[str], None]
 _WARM_STEPS = 8
@@ -38,7 +41,11 @@ class BenchResult:
     Attributes:
         samples_ns: time of each repetition.
         tokens: tokens timed in each repetition (differ only where a text ended early).
-        steps, drafted, accepted: of the draft-and-verify loop, summed over repetitions.
+        steps: decoding steps, summed over repetitions; 0 for a prefill.
+        drafted, accepted: of the draft-and-verify loop, summed over repetitions.
+        weight_bytes_per_step: stored bytes of the tensors and selected experts that a decoding
+            step read, as the engine counted them; None for the reference and for the loop.
+        kv_bytes_per_step: keys and values that any row of a decoding step can see.
         started: seconds since the epoch when the timed part began.
         resident: see `refimpl.benchmark.resident`; after the test.
     """
@@ -50,6 +57,8 @@ class BenchResult:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    weight_bytes_per_step: float | None = None
+    kv_bytes_per_step: float | None = None
     resident: dict[str, int] | None = None
 
     @property
@@ -67,6 +76,7 @@ class Bench:
         self.path, self.source, self.backend, self.settings = path, source, backend, settings
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(settings.seed)
+        self._counter = _counter(source, backend)
 
     def run(self, test: BenchTest) -> BenchResult:
         """Warm a test up and time it.
@@ -79,12 +89,37 @@ class Bench:
         cache, restore = self._at_depth(test)
         work = self._prompt if test.n_prompt else self._steps
         work(test, cache, True)
-        started, samples = time.time(), []
+        started, samples, read = time.time(), [], 0
         for _ in range(self.settings.repetitions):
             restore()
+            before = self._weight_bytes()
             samples.append(work(test, cache, False))
+            read += self._weight_bytes() - before
         count = (test.tokens,) * len(samples)
-        return BenchResult(test, tuple(samples), count, started, resident=self._resident(cache))
+        steps = 0 if test.n_prompt else test.tokens // test.n_rows * len(samples)
+        counted = steps and self._counter is not None
+        return BenchResult(
+            test, tuple(samples), count, started, steps,
+            weight_bytes_per_step=read / steps if counted else None,
+            kv_bytes_per_step=self._kv_bytes(test) if counted else None,
+            resident=self._resident(cache),
+        )  # fmt: skip
+
+    def _weight_bytes(self) -> int:
+        return 0 if self._counter is None else self._counter.now().weight_bytes
+
+    def _kv_bytes(self, test: BenchTest) -> float:
+        """Mean over the steps of a test: rows that any query of the step sees."""
+        values, starts = 0, range(test.n_depth, test.n_depth + test.tokens // test.n_rows)
+        config = self.backend.config
+        for spec in config.layers[: config.num_hidden_layers]:
+            row = 2 * spec.num_attention_groups * spec.head_dim
+            for start in starts:
+                seen = start + test.n_rows
+                if spec.window is not None:
+                    seen = min(seen, spec.window + test.n_rows - 1)
+                values += row * seen
+        return values * self.backend.kv_value_bytes / len(starts)  # type: ignore[attr-defined]
 
     def _at_depth(self, test: BenchTest) -> tuple[Cache, Callable[[], None]]:
         """A cache with `n_depth` tokens, and what brings it back to there."""
@@ -216,6 +251,14 @@ def _backend(source: StoredSource, settings: Settings) -> Backend:
         kv_type=settings.kv_type,
         micro_batch=settings.micro_batch or MICRO_BATCH,
     )
+
+
+def _counter(source: StoredSource, backend: Backend) -> TrafficCounter | None:
+    """What counts the bytes that the engine reads; None for the reference."""
+    from refimpl.engine.model import EngineModel
+    from refimpl.engine.stats import TrafficCounter
+
+    return TrafficCounter(source, backend) if isinstance(backend, EngineModel) else None
 
 
 def _touch(source: StoredSource) -> None:
