@@ -20,11 +20,11 @@ _TYPES = [
 @click.argument("out")
 @click.option(
     "--preset",
-    type=click.Choice(["tiny_a", "tiny_b", "slice"]),
+    type=click.Choice(["tiny_a", "tiny_b", "slice", "published"]),
     default="tiny_a",
     show_default=True,
     help="tiny_a, tiny_b: a few MB in which every feature bites; slice: five layers of the "
-    "published model's widths.",
+    "published model's widths; published: all of its 45 layers and 288 experts.",
 )
 @click.option(
     "--type",
@@ -43,8 +43,16 @@ _TYPES = [
 @click.option(
     "--vocab", type=int, default=16384, show_default=True, metavar="N", help="Its vocabulary."
 )
-@click.option("--mtp", type=int, metavar="N", help="MTP layers [default: slice 0, tiny all].")
-def synth(out: str, preset: str, file_type: str, seed: int, mtp: int | None, **sizes: Any) -> None:
+@click.option("--mtp", type=int, metavar="N", help="MTP layers [default: tiny all, others 0].")
+@click.option(
+    "--sparse",
+    is_flag=True,
+    help="slice and published as .gguf: real norms, routers and embeddings, holes for the rest: "
+    "111.5 GB that take 0.5 GB of disk, to try what opening and memory do at full size.",
+)
+def synth(
+    out: str, preset: str, file_type: str, seed: int, mtp: int | None, sparse: bool, **sizes: Any
+) -> None:
     """Write a random checkpoint OUT: a .gguf file, or else a Hugging Face folder.
 
     Weights are scaled so that activations keep about unit variance. A tiny checkpoint holds
@@ -55,14 +63,20 @@ def synth(out: str, preset: str, file_type: str, seed: int, mtp: int | None, **s
     Examples:
       refimpl synth tiny --preset tiny_a --type f32
       refimpl synth slice.gguf --preset slice --type q4_k_s --experts 64
+      refimpl synth full.gguf --preset published --type q4_k_s --sparse
     """
-    from refimpl.checkpoint.slice import slice_config, write_random
+    from refimpl.checkpoint.slice import published_config, slice_config, write_random
+    from refimpl.errors import InputError
 
     path = Path(out)
     with progress_bar("writing") as move:
         if preset == "slice":
             config = slice_config(sizes["experts"], sizes["vocab"], mtp or 0)
-            write_random(config, path, file_type, seed, move)
+            write_random(config, path, file_type, seed, move, sparse)
+        elif preset == "published":
+            write_random(published_config(mtp or 0), path, file_type, seed, move, sparse)
+        elif sparse:
+            raise InputError(f"--sparse goes with slice and published, not with {preset}")
         else:
             _tiny(path, preset, file_type, seed, mtp)
     size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))

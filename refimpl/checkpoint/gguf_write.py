@@ -82,12 +82,14 @@ def write_blocks(
     vocabulary: Vocabulary | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    hole: Callable[[TensorSpec], bool] = lambda spec: False,
 ) -> None:
     """Write one GGUF file whose tensors' bytes come from a function.
 
     Args:
         file_type_id: `general.file_type` as llama.cpp numbers it.
         blocks: gives the stored bytes of each tensor of `gguf_inventory(config)`, in order.
+        hole: which tensors are left out as holes: zeros that take no room on the disk.
 
     Raises:
         InputError, ConfigError: as `write_gguf`.
@@ -108,14 +110,18 @@ def write_blocks(
         _pad(file, writer.data_alignment)
         for (spec, kind), size in zip(plan, sizes, strict=True):
             before = file.tell()
-            for block in blocks(spec, kind):
+            for block in () if hole(spec) else blocks(spec, kind):
                 file.write(block.data)
                 done += block.nbytes
                 if progress:
                     progress(done, total)
+            if hole(spec):
+                file.seek(size, 1)
+                done += size
             if file.tell() - before != size:
                 raise AssertionError(f"{spec.gguf_name}: wrote {file.tell() - before} of {size}")
             _pad(file, writer.data_alignment)
+        file.truncate()  # a hole at the end counts as well
 
 
 def _ggml_type(kind: BlockType) -> Any:

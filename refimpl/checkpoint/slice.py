@@ -73,6 +73,18 @@ def slice_config(experts: int = EXPERTS, vocab: int = VOCAB, mtp: int = 0) -> Mo
     )
 
 
+def published_config(mtp: int = 0) -> ModelConfig:
+    """The whole published model, for files of its full layout.
+
+    Raises:
+        InputError: a number of MTP layers that the model does not have.
+    """
+    full = published()
+    if mtp not in (0, full.num_nextn_predict_layers):
+        raise InputError(f"{mtp} MTP layers asked for; the published model has 3, or 0 without")
+    return full if mtp else full.without_mtp()
+
+
 def type_rule(name: str, config: ModelConfig) -> TypeOf:
     """The type of each tensor in a slice of that type.
 
@@ -99,15 +111,20 @@ def write_random(
     file_type: str,
     seed: int,
     progress: Progress | None = None,
+    sparse: bool = False,
 ) -> None:
     """Write a random checkpoint of any size: a .gguf file, or a Hugging Face folder.
 
     Args:
         file_type: one of `TYPES` for GGUF; 'bf16', 'f16' or 'f32' for a folder.
+        sparse: GGUF only: the embedding table and what stays F32 (norms, routers) are written, so
+            that tokens choose experts as ever; all other tensors are holes that read as zeros.
 
     Raises:
         InputError: unknown type, or the output cannot be written.
     """
+    if sparse and out.suffix != ".gguf":
+        raise InputError(f"{out}: only .gguf files can be sparse")
     if out.suffix == ".gguf":
         if file_type not in TYPES:
             raise InputError(f"type is {file_type!r}, expected one of {', '.join(TYPES)}")
@@ -117,6 +134,7 @@ def write_random(
             config, out, number, type_rule(file_type, config),
             lambda spec, kind: _gguf_rows(config, spec, kind, seed),
             byte_vocabulary() if config.vocab_size >= SIZE else None, progress=progress,
+            hole=_is_hole if sparse else lambda spec: False,
         )  # fmt: skip
         return
     if file_type not in STORED:
@@ -127,6 +145,10 @@ def write_random(
         config, lambda spec: _hf_chunks(spec, kind, seed), out, file_type,
         extra_files=files, progress=progress,
     )  # fmt: skip
+
+
+def _is_hole(spec: TensorSpec) -> bool:
+    return not (spec.stays_f32 or len(spec.shape) == 1 or spec.key == "embed_tokens")
 
 
 def _generator(spec: TensorSpec, seed: int) -> np.random.Generator:
