@@ -17,8 +17,11 @@ _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _MAX_PARTS = 4096
 
 
-def read_gguf_parts(path: Path) -> GgufFile:
+def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
     """Read a GGUF file and, if it is the first of several parts, the others beside it.
+
+    Args:
+        partial: parts may be missing; they are named in `missing_parts`.
 
     Raises:
         CheckpointError: a part is damaged, missing, or not the one that its name says.
@@ -39,9 +42,13 @@ def read_gguf_parts(path: Path) -> GgufFile:
     if number != 0 or path.name != names[0]:
         raise CheckpointError(f"{path}: not the first of {count} parts; open {names[0]}")
     tensors = dict(first.tensors)
+    missing = []
     for i, name in enumerate(names[1:], start=1):
         other = path.with_name(name)
         if not other.is_file():
+            missing.append(name)
+            if partial:
+                continue
             raise CheckpointError(f"{other}: part {i + 1} of {count} is missing; download it too")
         part = read_gguf(other)
         if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
@@ -50,4 +57,9 @@ def read_gguf_parts(path: Path) -> GgufFile:
         if twice:
             raise CheckpointError(f"{other}: tensor {twice[0]!r:.100} is in an earlier part too")
         tensors.update(part.tensors)
-    return GgufFile(path, first.metadata, tensors)
+    total = first.metadata.get("split.tensors.count")
+    if not missing and type(total) is int and total != len(tensors):
+        raise CheckpointError(
+            f"{path}: its {count} parts hold {len(tensors)} tensors, split.tensors.count is {total}"
+        )
+    return GgufFile(path, first.metadata, tensors, tuple(missing))

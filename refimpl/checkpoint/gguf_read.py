@@ -113,11 +113,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A checked GGUF file: metadata by full key, tensors by name."""
+    """A checked GGUF file: metadata by full key, tensors by name.
+
+    `missing_parts` names the files of a split model that are not there.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    missing_parts: tuple[str, ...] = ()
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -45,7 +45,7 @@ def open_gguf(
         ConfigError: the keys contradict each other.
         CheckpointError: names the file and tensor, what was found and what was expected.
     """
-    file = read_gguf_parts(path)
+    file = read_gguf_parts(path, partial=wanted is not None)
     config = config_of(file)
     warnings = []
     specs = gguf_inventory(config)
@@ -77,11 +77,28 @@ def config_of(file: GgufFile) -> ModelConfig:
             f"'{GGUF_ARCHITECTURE}' (Step 3.5 / 3.7 Flash)"
         )
     embedding = file.tensors.get("token_embd.weight")
+    if file.missing_parts:
+        return _config_of_parts(file, embedding)
     if embedding is None or len(embedding.dims) != 2:
         raise CheckpointError(f"{file.path}: no 2-D tensor token_embd.weight; incomplete file")
     matches = (_ROUTER.fullmatch(name) for name in file.tensors)
     moe_layers = sorted(int(m.group(1)) for m in matches if m)
     return from_gguf(file.metadata, embedding.dims[1], moe_layers, _rope_divisors(file))
+
+
+def _config_of_parts(file: GgufFile, embedding: GgufTensor | None) -> ModelConfig:
+    """The configuration where parts are missing: from keys, and never without the divisors of
+    RoPE, whose absence would mean that there are none."""
+    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
+    size = embedding.dims[-1] if embedding is not None else len(tokens)
+    for name, there in (("rope_freqs.weight", "rope_freqs.weight" in file.tensors),
+                        ("token_embd.weight", size > 0)):  # fmt: skip
+        if not there:
+            raise CheckpointError(
+                f"{file.path}: {len(file.missing_parts)} parts are missing and no other holds "
+                f"{name}; download the part that does"
+            )
+    return from_gguf(file.metadata, size, None, _rope_divisors(file))
 
 
 def _rope_divisors(file: GgufFile) -> Sequence[float] | None:
@@ -105,8 +122,12 @@ def _present(file: GgufFile, spec: TensorSpec) -> GgufTensor:
     tensor = find_tensor(file, spec)
     if tensor is None:
         hint = "the file is incomplete or its keys belong to another model"
+        if file.missing_parts:
+            hint = f"it is in one of {', '.join(file.missing_parts[:3])}, which are not here"
+            raise missing_tensor(file.path, spec.gguf_name, spec.gguf_shape, hint)
         if "blk.0.attn_norm.weight" not in file.tensors:
-            hint = "a file of MTP layers alone cannot be run; open the main model's file"
+            hint = "a file of MTP layers alone cannot be run; open the main model's file and give "
+            hint += "this one with --mtp-model"
         raise missing_tensor(file.path, spec.gguf_name, spec.gguf_shape, hint)
     return tensor
 

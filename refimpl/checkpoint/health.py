@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.checkpoint.block_scales import SCALE_FIELDS, field_values
-from refimpl.checkpoint.stored import StoredSource, StoredTensor
-from refimpl.inventory import TensorSpec
+from refimpl.checkpoint.stored import StoredTensor
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -36,15 +35,13 @@ class Finding:
     problem: str
 
 
-def check_values(
-    source: StoredSource, specs: Iterable[TensorSpec], progress: Progress | None = None
-) -> list[Finding]:
-    """Read every block of the tensors `specs` of an open checkpoint.
+def check_values(stored: Iterable[StoredTensor], progress: Progress | None = None) -> list[Finding]:
+    """Read every block of the tensors of an open checkpoint.
 
     Args:
         progress: called with (bytes read, bytes in all).
     """
-    tensors = [source.stored(s.key, s.layer) for s in specs]
+    tensors = list(stored)
     total, done = sum(t.stored_bytes for t in tensors), 0
     findings: list[Finding] = []
     for tensor in tensors:
@@ -57,7 +54,7 @@ def check_values(
                 progress(done, total)
         done += tensor.stored_bytes - int(tensor.rows.size)  # scales, read along the way
         findings += [Finding(_name(tensor), problem) for problem in statistics.problems()]
-    return findings + _norm_findings(source, [t.spec for t in tensors if t.spec.plus_one])
+    return findings + _norm_findings([t for t in tensors if t.spec.plus_one])
 
 
 def _name(tensor: StoredTensor) -> str:
@@ -134,12 +131,12 @@ class _Statistics:
         return found
 
 
-def _norm_findings(source: StoredSource, norms: list[TensorSpec]) -> list[Finding]:
+def _norm_findings(norms: list[StoredTensor]) -> list[Finding]:
     """Judge all effective norm scales 1 + w together; a right one is mostly positive, and a
     trained one often below 1."""
     if not norms:
         return []
-    scales = [source.norm_scale(s.key, s.layer, np.float64) for s in norms]
+    scales = [t.values(0, 1)[0].astype(np.float64) + (not t.holds_one_plus) for t in norms]
     with np.errstate(all="ignore"):
         medians = [float(np.nanmedian(s)) for s in scales]
         negative = float(np.mean([np.mean(s < 0) for s in scales]))

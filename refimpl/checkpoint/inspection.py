@@ -10,9 +10,10 @@ from typing import Any
 from refimpl.checkpoint.health import Finding, check_values
 from refimpl.checkpoint.listing import Listed, Listing, list_checkpoint
 from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.pair import needed
 from refimpl.config_io import to_hf
 from refimpl.errors import CheckpointError
-from refimpl.inventory import ROLES, active_parameters, parameters
+from refimpl.inventory import ROLES, TensorSpec, active_parameters, parameters
 from refimpl.text.tokenizer import tokenizer_of
 
 Progress = Callable[[int, int], None]
@@ -52,6 +53,7 @@ class Inspection:
     tokenizer: dict[str, Any] | None
     tokenizer_problem: str | None
     findings: tuple[Finding, ...] | None = field(default=None)
+    mtp_path: Path | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -97,13 +99,15 @@ class Inspection:
         listing, config = self.listing, self.listing.config
         return {
             "path": str(listing.path),
+            "mtp_path": None if self.mtp_path is None else str(self.mtp_path),
+            "mtp_layers_only": listing.mtp_only,
             "format": listing.form,
             "files": list(listing.files),
             "missing_files": list(listing.missing_files),
             "config": to_hf(config) | {"rope_divisors": _list(config.rope_divisors)},
             "parameters": self.parameters,
-            "declared_parameters": parameters(config),
-            "active_parameters": active_parameters(config),
+            "declared_parameters": None if listing.mtp_only else parameters(config),
+            "active_parameters": None if listing.mtp_only else active_parameters(config),
             "stored_bytes": self.stored_bytes,
             "bits_per_weight": self.bits_per_weight,
             "roles": [asdict(r) | {"bits_per_weight": r.bits_per_weight} for r in self.roles],
@@ -140,21 +144,27 @@ def _missing(listing: Listing, mtp_state: str) -> list[str]:
     return found
 
 
-def inspect(path: Path, check: bool = False, progress: Progress | None = None) -> Inspection:
+def inspect(
+    path: Path,
+    check: bool = False,
+    progress: Progress | None = None,
+    mtp_path: Path | None = None,
+) -> Inspection:
     """Inspect a checkpoint, complete or not.
 
     Args:
         check: also read every block of every tensor that is there.
         progress: called with (bytes read, bytes in all) while checking.
+        mtp_path: a second checkpoint that holds the MTP layers.
 
     Raises:
         CheckpointError, ConfigError: the headers or the configuration cannot be read.
     """
-    listing = list_checkpoint(path)
+    listing = list_checkpoint(path, mtp_path)
     tokenizer, problem = _tokenizer(listing)
-    findings = tuple(_check(listing, progress)) if check else None
+    findings = tuple(_check(listing, mtp_path, progress)) if check else None
     return Inspection(
-        listing, _roles(listing), _types(listing.tensors), tokenizer, problem, findings
+        listing, _roles(listing), _types(listing.tensors), tokenizer, problem, findings, mtp_path
     )
 
 
@@ -196,13 +206,20 @@ def _tokenizer(listing: Listing) -> tuple[dict[str, Any] | None, str | None]:
     }, None
 
 
-def _check(listing: Listing, progress: Progress | None) -> list[Finding]:
+def _check(listing: Listing, mtp_path: Path | None, progress: Progress | None) -> list[Finding]:
     usable = {t.spec for t in listing.tensors if t.spec is not None and t.fits and not t.scale}
     usable -= {spec for spec, _ in listing.faults}
-    source = open_checkpoint(listing.path, wanted=usable.__contains__)
+    order = {s: i for i, s in enumerate(t.spec for t in listing.tensors)}
+
+    def elsewhere(spec: TensorSpec) -> bool:
+        return mtp_path is not None and needed(spec)
+
+    sources = [open_checkpoint(listing.path, wanted=lambda s: s in usable and not elsewhere(s))]
+    if mtp_path is not None:
+        sources.append(open_checkpoint(mtp_path, wanted=lambda s: s in usable and needed(s)))
+    tensors = [t for source in sources for t in source.tensors]
     try:
-        specs = [s for s in usable if s is not None]
-        order = {s: i for i, s in enumerate(t.spec for t in listing.tensors)}
-        return check_values(source, sorted(specs, key=lambda s: order[s]), progress)
+        return check_values(sorted(tensors, key=lambda t: order[t.spec]), progress)
     finally:
-        source.close()
+        for source in sources:
+            source.close()

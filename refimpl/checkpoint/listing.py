@@ -6,6 +6,7 @@ which. Nothing but headers is read.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from refimpl.checkpoint.gguf_read import GgufFile
 from refimpl.checkpoint.gguf_source import config_of, find_tensor
 from refimpl.checkpoint.hf_layout import Layout, layout_of
 from refimpl.checkpoint.hf_read import INDEX_NAME, indexed_names, read_index
+from refimpl.checkpoint.pair import joined_config, needed
 from refimpl.checkpoint.safetensors_read import Entry, read_safetensors
 from refimpl.config import ModelConfig
 from refimpl.config_io import from_hf, read_config_json
@@ -60,6 +62,7 @@ class Listing:
         faults: tensors that cannot be decoded (scales missing or of another shape, a type that
             is not read), each with a sentence.
         layout: of a folder: how it names tensors.
+        mtp_only: a GGUF file of MTP layers alone, to be used beside the main model's.
     """
 
     path: Path
@@ -72,6 +75,7 @@ class Listing:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     faults: tuple[tuple[TensorSpec, str], ...] = ()
     layout: Layout = field(default_factory=Layout)
+    mtp_only: bool = False
 
     def file_name(self, spec: TensorSpec) -> str:
         """What the files call a tensor of the table."""
@@ -94,17 +98,40 @@ class Listing:
         return sum(spec.index not in broken for spec in self.config.mtp)
 
 
-def list_checkpoint(path: Path) -> Listing:
+def list_checkpoint(path: Path, mtp_path: Path | None = None) -> Listing:
     """List a folder with config.json and safetensors files, or a GGUF file.
 
+    Args:
+        mtp_path: a second checkpoint with the MTP layers; of it nothing else is listed.
+
     Raises:
-        CheckpointError, ConfigError: the headers or the configuration cannot be read.
+        CheckpointError, ConfigError: the headers or the configuration cannot be read, or the two
+            do not belong together.
     """
+    if mtp_path is not None:
+        return _joined(list_checkpoint(path), list_checkpoint(mtp_path))
     if path.is_dir():
         return _list_folder(path)
-    file = read_gguf_parts(path)
+    file = read_gguf_parts(path, partial=True)
     config = config_of(file)
     return _list_gguf(path, file, config)
+
+
+def _joined(main: Listing, mtp: Listing) -> Listing:
+    trunk = main.config.without_mtp()
+    config = joined_config(main.path, trunk, mtp.path, mtp.config)
+    layers = [t for t in mtp.tensors if t.spec is not None and needed(t.spec)]
+    missing = [s for s in main.missing if not needed(s)] + [s for s in mtp.missing if needed(s)]
+    names = {(t.spec, t.scale) for t in layers}
+    return dataclasses.replace(
+        main,
+        files=(*main.files, *(str(mtp.path / f if mtp.path.is_dir() else f) for f in mtp.files)),
+        config=config,
+        tensors=(*(t for t in main.tensors if (t.spec, t.scale) not in names), *layers),
+        missing=tuple(missing),
+        missing_files=(*main.missing_files, *mtp.missing_files),
+        faults=main.faults + tuple(f for f in mtp.faults if needed(f[0])),
+    )
 
 
 def _list_gguf(path: Path, file: GgufFile, config: ModelConfig) -> Listing:
@@ -116,11 +143,22 @@ def _list_gguf(path: Path, file: GgufFile, config: ModelConfig) -> Listing:
         for t in file.tensors.values()
     )
     missing = tuple(spec for spec, tensor in found if tensor is None)
+    held = {tensor.name for _, tensor in found if tensor is not None}
+    mtp_only = "blk.0.attn_norm.weight" not in held and any(
+        spec.role == "mtp" for spec, tensor in found if tensor is not None
+    )
+    mtp_only = mtp_only and not file.missing_parts
+    if mtp_only:
+        missing = tuple(spec for spec in missing if spec.role == "mtp")
     count = max(1, int(file.metadata.get("split.count", 1)))
     names = (path.name,) if count == 1 else tuple(
         path.name.replace("-00001-of-", f"-{i:05d}-of-") for i in range(1, count + 1)
     )  # fmt: skip
-    return Listing(path, "GGUF", names, (), config, tensors, missing, file.metadata)
+    present = tuple(name for name in names if name not in file.missing_parts)
+    return Listing(
+        path, "GGUF", present, file.missing_parts, config, tensors, missing, file.metadata,
+        mtp_only=mtp_only,
+    )  # fmt: skip
 
 
 def _list_folder(folder: Path) -> Listing:

@@ -28,6 +28,7 @@ Wanted = Callable[[TensorSpec], bool]
 """Which tensors of a checkpoint are needed, where not all are."""
 
 DEFAULT_CACHE_BYTES = 256 << 20
+DRAFTS_OFF = "drafts are off"
 
 
 class RowDecoder(Protocol):
@@ -103,6 +104,7 @@ class StoredSource:
         self._tensors = {(t.spec.key, t.spec.layer): t for t in tensors}
         self._warnings = tuple(warnings)
         self._cache = _ArrayCache(cache_bytes)
+        self.cache_bytes = cache_bytes
         self._closed = False
         self.decoded_bytes = 0
         self.metadata: Mapping[str, Any] = metadata or {}
@@ -116,6 +118,11 @@ class StoredSource:
     def warnings(self) -> tuple[str, ...]:
         """Notes for the user, one sentence each."""
         return self._warnings
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """All tensors; none once the source is closed."""
+        return tuple(self._tensors.values())
 
     def stored(self, key: str, layer: int | None) -> StoredTensor:
         """The tensor as it lies in the map (type and bytes), for use without decoding.
@@ -254,7 +261,7 @@ def missing_mtp(specs: Iterable[TensorSpec], present: Callable[[TensorSpec], boo
 def no_mtp_warning(where: object, config: ModelConfig) -> str:
     """The note for files that declare MTP layers without holding them."""
     n = config.num_nextn_predict_layers
-    return f"{where}: declares {n} MTP layers but holds none of their tensors; drafts are off"
+    return f"{where}: declares {n} MTP layers but holds none of their tensors; {DRAFTS_OFF}"
 
 
 def missing_tensor(where: object, name: str, shape: tuple[int, ...], hint: str) -> CheckpointError:

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refimpl.checkpoint.listing import list_checkpoint
-from refimpl.checkpoint.open import open_checkpoint
-from refimpl.checkpoint.stored import StoredSource
+from refimpl.checkpoint.open import open_checkpoint, read_config
+from refimpl.checkpoint.stored import StoredSource, Wanted
 from refimpl.config import ModelConfig
 from refimpl.errors import InputError
 from refimpl.golden.files import read_golden
@@ -65,8 +64,18 @@ def open_layers(path: Path, layers: str, embeddings: bool) -> tuple[StoredSource
         InputError: no such layers.
         CheckpointError, ConfigError: a tensor of these layers is missing or unusable.
     """
-    config = list_checkpoint(path).config
+    config = read_config(path)
     first, stop = parse_layers(layers, config)
+    wanted = tensors_of_layers(config, first, stop, embeddings)
+    return open_checkpoint(path, wanted=wanted), (first, stop)
+
+
+def tensors_of_layers(config: ModelConfig, first: int, stop: int, embeddings: bool) -> Wanted:
+    """Which tensors layers first..stop-1 need: their own, with the last one norm and head too.
+
+    Args:
+        embeddings: whether the embedding table is needed (layer 0 without a file of inputs).
+    """
 
     def wanted(spec: TensorSpec) -> bool:
         if spec.layer is not None:
@@ -75,7 +84,7 @@ def open_layers(path: Path, layers: str, embeddings: bool) -> tuple[StoredSource
             return embeddings
         return spec.key == "rope_freqs" or stop == config.num_hidden_layers
 
-    return open_checkpoint(path, wanted=wanted), (first, stop)
+    return wanted
 
 
 def read_hidden(path: Path, layer: int, rows: int, width: int) -> Array:
