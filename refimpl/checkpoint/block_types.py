@@ -3,12 +3,13 @@
 A *block* is the unit of a ggml type: `block_values` values of a row in `block_bytes` bytes
 (architecture.md section 4.5; ggml-quants.c in llama.cpp). Plain floating-point types are blocks of
 one value. The decoders of the block formats are those of the `gguf` package (NumPy, on any slice
-of whole rows), so every type it knows can be opened; so are the encoders, but for the types of
-`refimpl.checkpoint.quantise`, which it cannot make.
+of whole rows), so every type it knows can be opened; the encoders are this project's
+(`refimpl.checkpoint.quantise`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -96,28 +97,34 @@ def encode(kind: BlockType, values: Array, where: str) -> Array:
     Raises:
         CheckpointError: a value is beyond the type, or not finite where blocks share a scale.
     """
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
     from refimpl.checkpoint import quantise
 
-    finite = bool(np.isfinite(values.astype(np.float32, copy=False)).all())
+    peak = _peak(values)
+    finite = math.isfinite(peak)
     if kind.plain is not None:
         with np.errstate(over="ignore"):
             plain = values.astype(kind.plain)
-        if finite and not np.isfinite(plain.astype(np.float32)).all():
-            peak = float(np.abs(values.astype(np.float64)).max())
+        if finite and peak > _FITS_ALL and not math.isfinite(_peak(plain)):
             raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
         return np.ascontiguousarray(plain).view(np.uint8)
     if not finite:
         raise CheckpointError(f"{where} holds a value that is not finite; {kind.name} has none")
-    rows = np.ascontiguousarray(values, dtype=np.float32)
-    if kind.name in quantise.NAMES:
-        peak = float(np.abs(rows).max(initial=0.0))
-        if peak > quantise.LARGEST:
-            raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
-        return quantise.quantise(kind.name, rows)
-    return np.ascontiguousarray(quantize(rows, GGMLQuantizationType(kind.ggml_id)))
+    if kind.name not in quantise.LARGEST:
+        raise CheckpointError(f"values cannot be turned into {kind.name} by this program")
+    if peak > quantise.LARGEST[kind.name]:
+        raise CheckpointError(f"{where} holds {peak:.4g}, beyond {kind.name}; choose bf16")
+    return quantise.quantise(kind.name, values)
+
+
+_FITS_ALL = 65504.0  # no plain type overflows up to here
+
+
+def _peak(values: Array) -> float:
+    """The greatest magnitude; not finite if any value is not."""
+    if not values.size:
+        return 0.0
+    wide = values if values.dtype == np.float64 else values.astype(np.float32, copy=False)
+    return max(-float(wide.min()), float(wide.max()), key=lambda v: math.inf if v != v else v)
 
 
 @cache

@@ -1,9 +1,12 @@
-"""Quantisers of the block types that the `gguf` package decodes but does not make.
+"""Quantisers of the block types that `refimpl convert` writes, compiled by Numba.
 
-Written from the formats' layouts and least squares; compiled by Numba. Each block's bytes depend
-on its own values alone. The root mean square error is below that of llama-quantize without an
-imatrix on the same values (tests/golden/quantize.json has the figures): llama.cpp weighs large
-values more, these minimise the plain squared error.
+The K-quants and IQ4 types are written from the formats' layouts and least squares. Their root mean
+square error is below that of llama-quantize without an imatrix on the same values
+(tests/golden/quantize.json has the figures): llama.cpp weighs large values more, these minimise
+the plain squared error. The simple types of 32 values follow llama.cpp's rules bit for bit; the
+`gguf` package has them as well, but in NumPy, whose steps do not spread over many cores.
+
+Each block's bytes depend on its own values alone.
 """
 
 from __future__ import annotations
@@ -16,16 +19,20 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-NAMES = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-LARGEST = 65504.0
-"""Greatest magnitude that these quantisers take: scales are halves."""
+_HALF_MAX = 65504.0  # scales and minima are halves
+LARGEST = {
+    "Q4_K": _HALF_MAX, "Q5_K": _HALF_MAX, "Q6_K": _HALF_MAX, "IQ4_NL": _HALF_MAX,
+    "IQ4_XS": _HALF_MAX, "Q4_0": 8 * _HALF_MAX, "Q4_1": _HALF_MAX, "Q5_0": 16 * _HALF_MAX,
+    "Q5_1": _HALF_MAX, "Q8_0": 127 * _HALF_MAX,
+}  # fmt: skip
+"""The types that can be made, and the greatest magnitude that each may be asked to hold."""
 
 
 def quantise(name: str, rows: Array) -> Array:
-    """Stored bytes (rows, row_bytes) of finite float32 values (rows, n) within `LARGEST`.
+    """Stored bytes (rows, row_bytes) of finite float32 values (rows, n).
 
     Args:
-        name: one of `NAMES`; n must fill whole blocks of the type.
+        name: a key of `LARGEST`, whose bound the values keep; n must fill whole blocks of the type.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -38,11 +45,14 @@ def quantise(name: str, rows: Array) -> Array:
 
 def _kernel(name: str) -> Callable[[Array, Array], None]:
     from refimpl.checkpoint.quantise.affine import quantise_affine
+    from refimpl.checkpoint.quantise.flat import quantise_flat
     from refimpl.checkpoint.quantise.scaled import quantise_scaled
 
     if name in ("Q4_K", "Q5_K"):
         bits = 4 if name == "Q4_K" else 5
         return lambda x, out: quantise_affine(x, out, bits)
+    if name in _FLAT:
+        return lambda x, out: quantise_flat(x, out, _FLAT[name])
     size, subs, least, trials = _SCALED[name]
     return lambda x, out: quantise_scaled(x, out, size, subs, np.float32(least), trials)
 
@@ -59,3 +69,4 @@ _SCALED = {
     "IQ4_NL": (32, 1, 1, _TRIALS_4),
 }
 """Per type: values in a sub-block, sub-blocks in a block, least integer scale, trial numbers."""
+_FLAT = {"Q8_0": 80, "Q4_0": 40, "Q4_1": 41, "Q5_0": 50, "Q5_1": 51}

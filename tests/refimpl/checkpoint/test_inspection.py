@@ -55,7 +55,7 @@ def test_text_and_json_agree(made: Made) -> None:
     assert text.exit_code == 0
     assert f"{data['parameters']:,}" in text.stdout
     assert f"{data['bits_per_weight']:.3f}" in text.stdout
-    assert "124 Q4_0, 1 Q8_0, 73 F32" in text.stdout
+    assert "124 Q4_0, 73 F32, 1 Q8_0" in text.stdout
     assert {k: v["tensors"] for k, v in data["types"].items()} == {
         "Q4_0": 124,
         "Q8_0": 1,
