@@ -12,6 +12,7 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
     lazy={
         "calibrate": "bench.cli_model:calibrate",
         "compare": "bench.cli_model:compare",
+        "engine": "bench.cli_engine:engine",
     },
     context_settings=SETTINGS,
 )

@@ -186,7 +186,7 @@ class Bench:
         steps, drafted, accepted = (int(n) for n in counts)
         return BenchResult(
             test, tuple(samples), tuple(tokens), started, steps, drafted, accepted,
-            self._resident(None),
+            resident=self._resident(None),
         )  # fmt: skip
 
     def _prompts(self, test: BenchTest) -> list[list[int]]:

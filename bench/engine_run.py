@@ -1,0 +1,93 @@
+"""Measuring the cases of the report on the CPU engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.engine_cases import EMBEDDED, Case, arms
+from bench.interleave import Note, Round, append_round, read_rounds, run_rounds
+from bench.runners.base import Runner
+
+ROUNDS_FILE = "rounds.jsonl"
+_PROBE_BYTES = 1 << 29
+_PROBE_REPETITIONS = 5
+
+
+def measure_cases(
+    cases: Sequence[Case],
+    models: Path,
+    data: Path,
+    threads: int,
+    rounds: int,
+    llama: dict[str, Runner],
+    note: Note,
+) -> list[Round]:
+    """Measure cases and add their rounds to `data`/rounds.jsonl; returns the new rounds.
+
+    Raises:
+        RunnerError: an arm that has to run cannot, or a whole round failed.
+        KeyboardInterrupt: Ctrl-C; finished rounds have been kept.
+    """
+    from refimpl.benchmark.host import cpu_name, machine_state
+    from refimpl.engine.probe import read_bandwidth
+    from refimpl.engine.threads import Team
+
+    data.mkdir(parents=True, exist_ok=True)
+    made: list[Round] = []
+
+    def keep(done: Round) -> None:
+        append_round(data / ROUNDS_FILE, done)
+        made.append(done)
+
+    team = Team(threads)
+    try:
+        for case in cases:
+            run_rounds(
+                case.name, arms(case, models, llama), rounds,
+                lambda: read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS),
+                f"{cpu_name()}, {threads} threads", keep, machine_state, note,
+            )  # fmt: skip
+    finally:
+        team.close()
+    return made
+
+
+def warm_up(cases: Iterable[Case], models: Path) -> Iterator[str]:
+    """Read the models of cases into memory and run every kernel once; what was done, by line.
+
+    Raises:
+        RunnerError: the engine cannot run a model.
+    """
+    done: set[tuple[Any, ...]] = set()
+    for case in cases:
+        for arm in arms(case, models, {}):
+            t = replace(arm.test, repetitions=1, n_depth=0, synthetic_kv=False)
+            t = replace(t, n_gen=min(t.n_gen, 4), n_prompt=min(t.n_prompt, 8))
+            key = (t.model, t.n_rows > 1, bool(t.mtp), t.kv_type, bool(t.n_prompt))
+            if key in done:
+                continue
+            done.add(key)
+            arm.runner.measure(t)
+        yield f"{case.name}: {'embedded model' if case.model == EMBEDDED else case.model} is warm"
+
+
+def medians(rounds: Iterable[Round]) -> list[dict[str, Any]]:
+    """Each round's medians in tokens/s and its probe, for the command line."""
+    return [
+        {"case": r.case, "probe_bytes_per_s": r.probe, "failed": r.failed,
+         "tokens_per_s": {k: m.median_ts for k, m in r.arms.items()}}
+        for r in rounds
+    ]  # fmt: skip
+
+
+def all_rounds(data: Path) -> list[Round]:
+    """The rounds of a folder, oldest first; none if it has no file yet.
+
+    Raises:
+        RunFileError: the file is no file of rounds.
+    """
+    path = data / ROUNDS_FILE
+    return read_rounds(path) if path.is_file() else []

@@ -1,0 +1,234 @@
+"""Interleaved timing: A B A B in one run, with the memory's speed probed before and after.
+
+A *round* measures every arm once, one after the other, between two probes of the read bandwidth.
+Rounds are appended to a file of JSON lines as they finish, so a run can be cut short (Ctrl-C) and
+gone on with at any later moment; nothing but the unfinished round is lost.
+
+A round is *quiet* if its two probes agree within 10 % and both reach 90 % of the best probe seen
+on the machine, else *busy*. Absolute figures come from quiet rounds only; ratios between arms of
+the same round are taken from all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.runners.base import Measurement, Runner, RunnerError, RunnerTest
+from hwmodel.errors import RunFileError
+
+AGREEMENT = 0.10  # of the probe after a round with the one before it
+NEAR_BEST = 0.90  # of the best probe seen
+CONFIDENCE = 0.95
+FORMAT = 1
+
+Probe = Callable[[], Sequence[float]]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One competitor of a case: who runs which test, under a name unique in the case."""
+
+    label: str
+    runner: Runner
+    test: RunnerTest
+
+
+@dataclass(frozen=True)
+class Round:
+    """One finished round.
+
+    Attributes:
+        case: what was measured.
+        started: seconds since the epoch.
+        host: name of the processor and number of threads of the probe: rounds of one host are
+            judged together.
+        probe_before, probe_after: bytes per second, each repetition of the probe.
+        state: load and memory of the machine when the round began.
+        arms: measurement of each arm by its label, in the order in which they were run.
+        failed: what went wrong with the arms that gave none.
+    """
+
+    case: str
+    started: float
+    host: str
+    probe_before: tuple[float, ...]
+    probe_after: tuple[float, ...]
+    state: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, Measurement] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def probe(self) -> float:
+        """Read bandwidth of the round, bytes/s: median of all repetitions before and after."""
+        return median((*self.probe_before, *self.probe_after))
+
+    @property
+    def worst_probe(self) -> float:
+        """The lower one of the medians before and after, bytes/s."""
+        return min(median(self.probe_before), median(self.probe_after))
+
+    def is_quiet(self, best: float) -> bool:
+        """Whether absolute figures of the round count; `best` is the best probe, bytes/s."""
+        before, after = median(self.probe_before), median(self.probe_after)
+        agree = abs(after / before - 1) <= AGREEMENT
+        return agree and self.worst_probe >= NEAR_BEST * best
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of ratios between two arms of the same rounds, with an interval for that median.
+
+    `coverage` is the chance that such an interval holds the true median: at least 0.95 where
+    there are rounds enough (six), else that of the whole range.
+    """
+
+    value: float
+    low: float
+    high: float
+    rounds: int
+    coverage: float
+
+
+def run_rounds(
+    case: str,
+    arms: Sequence[Arm],
+    rounds: int,
+    probe: Probe,
+    host: str,
+    keep: Callable[[Round], None],
+    state: Callable[[], dict[str, Any]] = dict,
+    note: Note = lambda _: None,
+) -> int:
+    """Run rounds and hand each to `keep` as it ends; returns how many were finished.
+
+    An arm that fails is left out of its round and named in it. Ctrl-C ends the run; what `keep`
+    has been given stays.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, after the finished rounds were kept.
+        RunnerError: every arm of a round failed.
+    """
+    for number in range(rounds):
+        began, before = time.time(), tuple(probe())
+        now = state()
+        done: dict[str, Measurement] = {}
+        failed: dict[str, str] = {}
+        for arm in arms:
+            try:
+                done[arm.label] = arm.runner.measure(arm.test)
+            except RunnerError as error:
+                failed[arm.label] = str(error)
+                note(f"{case}: {arm.label} failed: {error}")
+        if not done:
+            raise RunnerError(f"{case}: nothing could be measured: {next(iter(failed.values()))}")
+        made = Round(case, began, host, before, tuple(probe()), now, done, failed)
+        keep(made)
+        note(f"{case} {number + 1}/{rounds}: {_line(made)}")
+    return rounds
+
+
+def _line(made: Round) -> str:
+    arms = ", ".join(f"{k} {m.median_ts:.1f}" for k, m in made.arms.items())
+    return f"{arms} tokens/s; memory {made.probe / 1e9:.1f} GB/s"
+
+
+def append_round(path: Path, made: Round) -> None:
+    """Add a round to the end of a file, on the disk before this returns.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line = json.dumps({"format": FORMAT, **asdict(made)}, allow_nan=False)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rounds(path: Path) -> list[Round]:
+    """All rounds of a file, oldest first; a last line that was cut short is passed over.
+
+    Raises:
+        RunFileError: the file cannot be read, or a line is no round.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise RunFileError(f"{path}: cannot be read ({reason})") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            found.append(_round(json.loads(line)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFileError(
+                f"{path}: line {number} is no round of an interleaved run ({error})"
+            ) from None
+    return found
+
+
+def _round(data: dict[str, Any]) -> Round:
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']}, expected {FORMAT}")
+    arms = {k: Measurement.from_json(m) for k, m in data["arms"].items()}
+    made = Round(
+        str(data["case"]), float(data["started"]), str(data["host"]),
+        tuple(map(float, data["probe_before"])), tuple(map(float, data["probe_after"])),
+        dict(data["state"]), arms, dict(data["failed"]),
+    )  # fmt: skip
+    if not made.probe_before or not made.probe_after or min(made.probe_before) <= 0:
+        raise ValueError("a probe without a speed")
+    return made
+
+
+def best_probe(rounds: Iterable[Round]) -> dict[str, float]:
+    """The best probe seen on each host, bytes/s: best median before or after any round."""
+    best: dict[str, float] = {}
+    for r in rounds:
+        seen = max(median(r.probe_before), median(r.probe_after))
+        best[r.host] = max(seen, best.get(r.host, 0.0))
+    return best
+
+
+def quiet_rounds(rounds: Iterable[Round], best: dict[str, float]) -> list[Round]:
+    """Those whose absolute figures count; `best` from `best_probe`."""
+    return [r for r in rounds if r.is_quiet(best[r.host])]
+
+
+def speed(rounds: Iterable[Round], label: str) -> float | None:
+    """Median tokens/s of an arm over rounds, or None without any."""
+    found = [r.arms[label].median_ts for r in rounds if label in r.arms]
+    return median(found) if found else None
+
+
+def ratio(rounds: Iterable[Round], label: str, to: str) -> Ratio | None:
+    """Speed of one arm over that of another in the same rounds, or None without any."""
+    pairs = [(r.arms[label], r.arms[to]) for r in rounds if label in r.arms and to in r.arms]
+    return ratio_of([a.median_ts / b.median_ts for a, b in pairs])
+
+
+def ratio_of(values: Sequence[float]) -> Ratio | None:
+    """Median and its interval (order statistics of the sign test), or None without values."""
+    if not values:
+        return None
+    ordered, n = sorted(values), len(values)
+    tail, skip = 0.5**n, 0  # chance that the median lies below the lowest value
+    while skip + 1 < n // 2:
+        more = tail + math.comb(n, skip + 1) * 0.5**n
+        if 1 - 2 * more < CONFIDENCE:
+            break
+        tail, skip = more, skip + 1
+    return Ratio(
+        median(ordered), ordered[skip], ordered[n - 1 - skip], n, max(0.0, 1 - 2 * tail)
+    )  # fmt: skip

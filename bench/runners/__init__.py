@@ -1,0 +1,1 @@
+"""Engines that `bench` drives, all behind one interface (`bench.runners.base`)."""
