@@ -151,12 +151,14 @@ def open_model(
     dtype: str | None = None,
     threads: int | None = None,
     options: EngineOptions = EngineOptions(),
+    mtp_model: str | Path | None = None,
 ) -> Iterator[OpenModel]:
     """Open a model by name or path, for as long as the context lasts.
 
     Args:
         backend: one of `BACKENDS`; None: see `chosen_backend`.
         dtype, threads, options: see `open_backend`.
+        mtp_model: a second checkpoint that holds the MTP layers.
 
     Raises:
         InputError: no such backend, or no embedded model.
@@ -164,7 +166,8 @@ def open_model(
     """
     path = model_path(model)
     name = chosen_backend(path, backend, dtype)
-    with limited_threads(threads), contextlib.closing(open_checkpoint(path)) as source, quiet():
+    opening = contextlib.closing(open_checkpoint(path, mtp_path=mtp_model))
+    with limited_threads(threads), opening as source, quiet():
         opened = open_backend(source, name, dtype, threads, options)
         try:
             yield OpenModel(

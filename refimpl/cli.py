@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     cls=SentenceGroup,
     lazy={
         "bench": "refimpl.cli_bench:bench",
+        "chat": "refimpl.cli_chat:chat",
         "convert": "refimpl.cli_convert:convert",
         "golden": "refimpl.cli_golden:golden",
         "inspect": "refimpl.cli_inspect:inspect",
@@ -101,6 +102,11 @@ def main() -> None:
     "[default: 0 with the reference, auto with an engine]",
 )
 @click.option(
+    "--mtp-model",
+    metavar="PATH",
+    help="Second checkpoint that holds the MTP layers, where the model's file lacks them.",
+)
+@click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
@@ -152,7 +158,7 @@ def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any
         raise click.UsageError("give either a PROMPT or --tokens FILE", ctx)
     from time import perf_counter
 
-    options = _options(given)
+    options = generate_options(given)
     began = perf_counter()
     with opened_model(given) as model:
         for warning in model.warnings:
@@ -177,7 +183,8 @@ def generate(ctx: click.Context, prompt: str | None, as_json: bool, **given: Any
         ctx.exit(INTERRUPTED)
 
 
-def _options(given: dict[str, Any]) -> GenerateOptions:
+def generate_options(given: dict[str, Any]) -> GenerateOptions:
+    """What the options of `generate` ask for."""
     from refimpl.backends import chosen_backend, default_mtp
     from refimpl.decoding.generation import GenerateOptions
     from refimpl.decoding.sampling import SamplingParams

@@ -73,7 +73,7 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
 
         options = EngineOptions(given["exact"], given["kv_type"], compiling, reading)
         choice = given["model"], given["backend"], given["dtype"], given["threads"], options
-        with open_model(*choice) as model:
+        with open_model(*choice, mtp_model=given["mtp_model"]) as model:
             if model.name != "engine" and given["stats"]:
                 raise InputError("--stats measures the engine; the reference is not made for speed")
             yield model

@@ -29,6 +29,7 @@ def golden() -> None:
 
 @golden.command()
 @click.option("--model", required=True, metavar="PATH|mini", help="Checkpoint to run.")
+@click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
 @click.option("--tokens", required=True, metavar="FILE", help="Prompt: a JSON list of token ids.")
 @click.option("--out", required=True, metavar="OUT.npz", help="File to write.")
 @click.option(
@@ -67,6 +68,7 @@ def golden() -> None:
 def dump(
     ctx: click.Context,
     model: str,
+    mtp_model: str | None,
     tokens: str,
     out: str,
     dtype: str,
@@ -95,9 +97,10 @@ def dump(
         --hidden-in 0.npz --out 4.npz
     """
     if any(value is not None for value in piece.values()):
-        if new or chunk is not None or backend != "reference" or variant is not None:
+        whole = (chunk, variant, mtp_model)
+        if new or backend != "reference" or any(value is not None for value in whole):
             raise click.UsageError(
-                "pieces take neither --new, --chunk, --backend nor --variant", ctx
+                "pieces take neither --new, --chunk, --backend, --variant nor --mtp-model", ctx
             )
         _dump_piece(model, tokens, out, dtype, threads, **piece)
         return
@@ -105,9 +108,9 @@ def dump(
     from refimpl.golden.dump import golden_arrays
     from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
 
-    check_output(Path(out), model, tokens)
+    check_output(Path(out), model, tokens, mtp_model)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    with open_model(model, backend, dtype, threads) as opened:
+    with open_model(model, backend, dtype, threads, mtp_model=mtp_model) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
         runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,9 +20,23 @@ UNUSABLE = 1
 @click.command()
 @click.argument("model", metavar="PATH|mini")
 @click.option("--check", is_flag=True, help="Read every block and look for damage.")
+@click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
+@click.option(
+    "--layers",
+    metavar="A:B",
+    help="Only say which files trunk layers A to B-1 lie in; of a folder, config.json and the "
+    "index are enough.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context
-def inspect(ctx: click.Context, model: str, check: bool, as_json: bool) -> None:
+def inspect(
+    ctx: click.Context,
+    model: str,
+    check: bool,
+    mtp_model: str | None,
+    layers: str | None,
+    as_json: bool,
+) -> None:
     """Say what a checkpoint is, what it holds, and what it lacks.
 
     Reads headers only, of complete and incomplete checkpoints alike; --check also reads every
@@ -34,21 +49,50 @@ def inspect(ctx: click.Context, model: str, check: bool, as_json: bool) -> None:
     Examples:
       refimpl inspect Step-3.5-Flash
       refimpl inspect step3.5_flash_Q4_K_S.gguf --check
+      refimpl inspect trunk.gguf --mtp-model mtp-trunk.gguf
+      refimpl inspect Step-3.5-Flash --layers 4:5
     """
     from refimpl.backends import model_path
     from refimpl.checkpoint.inspection import inspect as run
 
+    if layers is not None:
+        if check or mtp_model is not None:
+            raise click.UsageError("--layers takes neither --check nor --mtp-model", ctx)
+        ctx.exit(_files_of_layers(model_path(model), layers, as_json))
+    second = None if mtp_model is None else Path(mtp_model)
     with progress_bar("reading") as move:
-        found = run(model_path(model), check, move)
+        found = run(model_path(model), check, move, second)
     click.echo(json.dumps(found.to_json()) if as_json else _text(found))
     if found.problems:
         ctx.exit(UNUSABLE)
 
 
+def _files_of_layers(path: Path, layers: str, as_json: bool) -> int:
+    """Print the files of a range of layers; the exit code."""
+    from refimpl.checkpoint.open import read_config
+    from refimpl.checkpoint.shards import shards_of
+    from refimpl.golden.pieces import parse_layers, tensors_of_layers
+
+    config = read_config(path)
+    first, stop = parse_layers(layers, config)
+    found = shards_of(path, tensors_of_layers(config, first, stop, embeddings=first == 0))
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "layers": [first, stop], **found.to_json()}))
+        return 0 if found.complete else UNUSABLE
+    for file in found.files:
+        here = "here" if file.present else "missing"
+        click.echo(f"{file.name}: {file.tensors} tensors of these layers, {here}")
+    if found.nowhere:
+        names = ", ".join(found.nowhere[:3]) + (", ..." if len(found.nowhere) > 3 else "")
+        click.echo(f"problem: {len(found.nowhere)} tensors are in no file: {names}")
+    return 0 if found.complete else UNUSABLE
+
+
 def _text(found: Inspection) -> str:
     listing, config = found.listing, found.listing.config
     files = "" if len(listing.files) == 1 else f" in {len(listing.files)} files"
-    lines = [f"{listing.path}: {listing.form}{files}", *_shape(config), ""]
+    and_mtp = "" if found.mtp_path is None else f" and {found.mtp_path}"
+    lines = [f"{listing.path}{and_mtp}: {listing.form}{files}", *_shape(config), ""]
     lines.append(
         f"{'role':10} {'tensors':>7} {'parameters':>15} {'bytes':>15} {'bits/weight':>11}  types"
     )
@@ -72,7 +116,9 @@ def _text(found: Inspection) -> str:
     if found.findings is not None and not found.findings:
         lines.append("values: every block read, nothing wrong found")
     lines += [f"problem: {p}" for p in found.problems]
-    if not found.problems:
+    if listing.mtp_only:
+        lines.append("MTP layers alone: give this file with --mtp-model beside the main model's")
+    elif not found.problems:
         lines.append("complete: every tensor of the model is there, with its name and shape")
     return "\n".join(lines)
 

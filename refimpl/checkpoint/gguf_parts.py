@@ -42,6 +42,7 @@ def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
     if number != 0 or path.name != names[0]:
         raise CheckpointError(f"{path}: not the first of {count} parts; open {names[0]}")
     tensors = dict(first.tensors)
+    part_of = dict.fromkeys(tensors, path.name)
     missing = []
     for i, name in enumerate(names[1:], start=1):
         other = path.with_name(name)
@@ -57,9 +58,10 @@ def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
         if twice:
             raise CheckpointError(f"{other}: tensor {twice[0]!r:.100} is in an earlier part too")
         tensors.update(part.tensors)
+        part_of.update(dict.fromkeys(part.tensors, name))
     total = first.metadata.get("split.tensors.count")
     if not missing and type(total) is int and total != len(tensors):
         raise CheckpointError(
             f"{path}: its {count} parts hold {len(tensors)} tensors, split.tensors.count is {total}"
         )
-    return GgufFile(path, first.metadata, tensors, tuple(missing))
+    return GgufFile(path, first.metadata, tensors, tuple(missing), part_of)

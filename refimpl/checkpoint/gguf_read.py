@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +115,15 @@ class GgufTensor:
 class GgufFile:
     """A checked GGUF file: metadata by full key, tensors by name.
 
-    `missing_parts` names the files of a split model that are not there.
+    Of a split model, `missing_parts` names the files that are not there, and `part_of` the file
+    of each tensor.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
     missing_parts: tuple[str, ...] = ()
+    part_of: dict[str, str] = field(default_factory=dict)
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -17,7 +17,7 @@ from refimpl.checkpoint.gguf_read import GgufFile
 from refimpl.checkpoint.gguf_source import config_of, find_tensor
 from refimpl.checkpoint.hf_layout import Layout, layout_of
 from refimpl.checkpoint.hf_read import INDEX_NAME, indexed_names, read_index
-from refimpl.checkpoint.pair import joined_config, needed
+from refimpl.checkpoint.pair import held_already, joined_config, needed
 from refimpl.checkpoint.safetensors_read import Entry, read_safetensors
 from refimpl.config import ModelConfig
 from refimpl.config_io import from_hf, read_config_json
@@ -118,16 +118,17 @@ def list_checkpoint(path: Path, mtp_path: Path | None = None) -> Listing:
 
 
 def _joined(main: Listing, mtp: Listing) -> Listing:
+    if any(t.spec is not None and needed(t.spec) for t in main.tensors):
+        raise held_already(main.path, mtp.path)
     trunk = main.config.without_mtp()
     config = joined_config(main.path, trunk, mtp.path, mtp.config)
     layers = [t for t in mtp.tensors if t.spec is not None and needed(t.spec)]
     missing = [s for s in main.missing if not needed(s)] + [s for s in mtp.missing if needed(s)]
-    names = {(t.spec, t.scale) for t in layers}
     return dataclasses.replace(
         main,
         files=(*main.files, *(str(mtp.path / f if mtp.path.is_dir() else f) for f in mtp.files)),
         config=config,
-        tensors=(*(t for t in main.tensors if (t.spec, t.scale) not in names), *layers),
+        tensors=(*main.tensors, *layers),
         missing=tuple(missing),
         missing_files=(*main.missing_files, *mtp.missing_files),
         faults=main.faults + tuple(f for f in mtp.faults if needed(f[0])),

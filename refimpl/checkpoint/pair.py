@@ -77,15 +77,20 @@ def join(path: Path, main: StoredSource, mtp_path: Path, mtp: StoredSource) -> S
         CheckpointError: the two do not belong together.
     """
     if main.config.num_nextn_predict_layers:
-        raise CheckpointError(
-            f"{path}: holds its MTP layers itself; leave {mtp_path} out, or name a main file "
-            "without them"
-        )
+        raise held_already(path, mtp_path)
     config = joined_config(path, main.config, mtp_path, mtp.config)
     _check_embeddings(path, main, mtp_path, mtp)
     layers = [t for t in mtp.tensors if needed(t.spec)]
     notes = [w for w in main.warnings if not w.endswith(DRAFTS_OFF)]
     return StoredSource(config, [*main.tensors, *layers], notes, main.cache_bytes, main.metadata)
+
+
+def held_already(path: Path, mtp_path: Path) -> CheckpointError:
+    """The refusal of a second checkpoint that nothing is missing from."""
+    return CheckpointError(
+        f"{path}: holds its MTP layers itself; leave {mtp_path} out, or name a main file without "
+        "them"
+    )
 
 
 def _check_embeddings(path: Path, main: StoredSource, mtp_path: Path, mtp: StoredSource) -> None:
