@@ -45,7 +45,7 @@ def main() -> None:
             for kind in TYPES:
                 theirs, ours = work / "theirs.gguf", work / "ours.gguf"
                 run_converter(llama_cpp, folder, kind, theirs)
-                convert(folder, ours, kind)
+                convert(folder, ours, kind, overwrite=True)
                 found = describe(theirs)
                 record.setdefault(preset, {})[kind] = found
                 report(f"{preset} {kind}", found, describe(ours))
@@ -56,7 +56,7 @@ def main() -> None:
     print(f"wrote {out.name}, {out.stat().st_size} bytes", file=sys.stderr)
 
 
-def run_converter(llama_cpp: Path, folder: Path, kind: str, out: Path) -> None:
+def run_converter(llama_cpp: Path, folder: Path, kind: str, out: Path, *options: str) -> None:
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     import conversion.base as base
 
@@ -66,6 +66,7 @@ def run_converter(llama_cpp: Path, folder: Path, kind: str, out: Path) -> None:
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
     base.ModelBase.load_hparams = staticmethod(config_json)
     sys.argv = ["convert_hf_to_gguf.py", str(folder), "--outtype", kind, "--outfile", str(out)]
+    sys.argv += options
     runpy.run_path(str(llama_cpp / "convert_hf_to_gguf.py"), run_name="__main__")
 
 
