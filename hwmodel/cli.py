@@ -18,6 +18,8 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "sweep": "hwmodel.cli_tables:sweep",
         "explain": "hwmodel.cli_tables:explain",
         "rivals": "hwmodel.cli_rivals:rivals",
+        "cost": "hwmodel.cli_jobs:cost",
+        "workload": "hwmodel.cli_jobs:workload",
     },
     context_settings=SETTINGS,
 )

@@ -41,6 +41,9 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
     buy_usd = { ... }
     rent_usd_per_h = { ... }
 
+    [power]
+    limit_w = { ... }              # most it draws; a machine's own where it is one
+
     [cpu]
     threads = { ... }
 """
@@ -81,6 +84,7 @@ _QUANTITIES: dict[str, tuple[str, ...]] = {
     "links": ("host_bytes_per_s", "device_bytes_per_s", "network_bytes_per_s"),
     "disk": ("read_bytes_per_s",),
     "price": ("buy_usd", "rent_usd_per_h"),
+    "power": ("limit_w",),
     "cpu": ("threads", "cores"),
 }
 _TEXTS: dict[str, tuple[str, ...]] = {
@@ -210,6 +214,11 @@ class Device:
     def rent_usd_per_h(self) -> float | None:
         """Price of renting one for an hour."""
         return self._value("price.rent_usd_per_h")
+
+    @property
+    def limit_w(self) -> float | None:
+        """Most power that one draws."""
+        return self._value("power.limit_w")
 
     @property
     def is_cpu(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hwmodel.fit import Fit, load_fit, nearest_run, part_seconds, seconds, spread
@@ -171,10 +171,18 @@ def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
     if own["offload"] == "ssd" and all(r.config.get("offload") != "ssd" for r in fit.runs):
         return "extrapolated", "no measured run reads experts from disk"
     for column, factor, least, what in _REACH:
-        most = max(float(r.config.get(column) or 0) for r in alike)
-        if float(own[column]) > factor * max(least, most):
+        most = max(_reach(r.config, column, key) for r in alike)
+        if _reach(own, column, key) > factor * max(least, most):
             return "extrapolated", f"no measured run there has more than {most:,.0f} {what}"
     return "calibrated", ""
+
+
+def _reach(columns: Mapping[str, Any], column: str, key: str) -> float:
+    """A column of a configuration; a prompt reaches as deep as its last token."""
+    value = float(columns.get(column) or 0)
+    if column == "depth" and key == "prefill_tok_s":
+        value += float(columns.get("prompt") or 0)
+    return value
 
 
 def _provenance(run: RunConfig, fit: Fit) -> tuple[str, ...]:

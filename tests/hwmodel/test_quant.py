@@ -3,7 +3,7 @@
 import pytest
 
 from hwmodel.catalogue import load_model
-from hwmodel.model import step_shape
+from hwmodel.model import shape_of_config, step_shape
 from hwmodel.quant import (
     BLOCKS,
     QUANTS,
@@ -95,3 +95,18 @@ def test_closest_quant_by_bits() -> None:
 def test_unknown_quant_offers_the_nearest() -> None:
     with pytest.raises(InputError, match="Q4_K_S"):
         load_quant("Q4_K_SS")
+
+
+@pytest.mark.parametrize("name", ["Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS"])
+def test_mixtures_are_those_that_the_converter_writes(name: str) -> None:
+    """One rule each in hwmodel (any model) and refimpl (which writes the files): the same types."""
+    from refimpl.checkpoint.mixtures import mixture
+    from refimpl.config import published
+    from refimpl.inventory import inventory
+
+    config = published().without_mtp()
+    chosen = mixture(name.lower(), config)
+    types = storage_types(shape_of_config(config), load_quant(name))
+    for spec, found in zip(inventory(config), types, strict=True):
+        if len(spec.shape) > 1:
+            assert chosen(spec) == found, spec.gguf_name

@@ -24,7 +24,7 @@ from hwmodel.run import DeviceCount, EngineChoice, RunConfig
 from hwmodel.weights_file import read_weights
 from refimpl.checkpoint.block_types import block_type
 from refimpl.checkpoint.convert import convert
-from refimpl.checkpoint.gguf_write import _ggml_type, _header, _write_header, rope_divisors
+from refimpl.checkpoint.gguf_write import _ggml_type, _header, _header_bytes, rope_divisors
 from refimpl.checkpoint.source import WeightSource
 from refimpl.config import published
 from refimpl.errors import CheckpointError
@@ -47,7 +47,7 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if t.gguf_name == "rope_freqs.weight":
             divisors_at = total
         total += -(-size // 32) * 32
-    _write_header(writer, path)
+    path.write_bytes(_header_bytes(writer))
     start = -(-path.stat().st_size // 32) * 32
     with open(path, "r+b") as file:
         file.seek(start + divisors_at)
