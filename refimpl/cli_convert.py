@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
 import click
 
 from refimpl.cli_support import note, progress_bar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TYPES = [
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl",
@@ -25,21 +32,66 @@ TYPES = [
 )
 @click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
 @click.option("--name", metavar="TEXT", help="general.name of a GGUF file [default: SRC's name].")
-def convert(src: str, out: str, file_type: str, no_mtp: bool, name: str | None) -> None:
+@click.option("--force", is_flag=True, help="Replace a GGUF file that is there already.")
+@click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="Threads that quantise.")
+def convert(
+    src: str,
+    out: str,
+    file_type: str,
+    no_mtp: bool,
+    name: str | None,
+    force: bool,
+    threads: int | None,
+) -> None:
     """Write the checkpoint SRC (a folder, a GGUF file, or mini) as OUT.
 
     An OUT that ends in .gguf becomes a GGUF file that llama.cpp loads; any other becomes a
-    Hugging Face folder (f32, f16, bf16).
+    Hugging Face folder (f32, f16, bf16). Tensors are read, quantised and written piece by piece,
+    so a few hundred MB of memory do for any model. After Ctrl-C or a full disk the same command
+    goes on where it stopped (OUT.partial).
 
     \b
-    Example:
+    Examples:
       refimpl convert Step-3.5-Flash step-q4_k_s.gguf --type q4_k_s
+      refimpl convert step-bf16.gguf step-iq4_xs.gguf --type iq4_xs --no-mtp
     """
+    import time
+    from pathlib import Path
+
     from refimpl.backends import model_path
     from refimpl.checkpoint.convert import convert as run
 
-    with progress_bar("writing") as move:
-        notes = run(model_path(src), out, file_type, not no_mtp, move, name)
-    for remark in notes:
-        note(f"note: {remark}")
-    note(f"wrote {out}")
+    began = time.monotonic()
+    with _notes_beside_a_bar() as (move, say):
+        run(model_path(src), out, file_type, not no_mtp, move, name, force, say, threads)
+    size, seconds = _size(Path(out)), time.monotonic() - began
+    note(f"wrote {out}: {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s)")
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+
+
+@contextlib.contextmanager
+def _notes_beside_a_bar() -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A progress bar and a function for remarks, which wait while the bar is drawn."""
+    waiting: list[str] = []
+    moving = False
+    try:
+        with progress_bar("writing", in_bytes=True) as bar:
+
+            def move(done: int, total: int) -> None:
+                nonlocal moving
+                moving = True
+                bar(done, total)
+
+            def say(remark: str) -> None:
+                if moving:
+                    waiting.append(remark)
+                else:
+                    note(f"note: {remark}")
+
+            yield move, say
+    finally:
+        for remark in waiting:
+            note(f"note: {remark}")

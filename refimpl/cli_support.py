@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,18 +147,28 @@ def read_text(path: str, what: str) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, shown on a terminal only; gives a function (done, total) that moves it."""
+def progress_bar(label: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, shown on a terminal only; gives a function (done, total) that moves it.
+
+    Args:
+        in_bytes: what is done is counted in bytes; the bar shows the rate.
+    """
     with contextlib.ExitStack() as stack:
         bar: Any = None
+        first = (0, 0.0)
 
         def move(done: int, total: int) -> None:
-            nonlocal bar
+            nonlocal bar, first
+            now = time.monotonic()
             if bar is None:
+                first = (done, now)
                 shown = click.progressbar(
-                    length=total, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
-                )
+                    length=total, label=label, file=sys.stderr, hidden=not sys.stderr.isatty(),
+                    item_show_func=(lambda rate: rate) if in_bytes else None,
+                )  # fmt: skip
                 bar = stack.enter_context(shown)
-            bar.update(done - bar.pos)
+            seconds = now - first[1]
+            rate = f"{(done - first[0]) / seconds / 1e6:.0f} MB/s" if seconds > 0 else ""
+            bar.update(done - bar.pos, rate)
 
         yield move

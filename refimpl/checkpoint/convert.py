@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refimpl.checkpoint.block_types import PLAIN
 from refimpl.checkpoint.gguf_write import row_ranges, write_gguf
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
-from refimpl.checkpoint.mixtures import MIXTURES
+from refimpl.checkpoint.mixtures import MIXTURES, mixture
 from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.partial import Say
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.errors import ConfigError, InputError
-from refimpl.inventory import TensorSpec
+from refimpl.inventory import TensorSpec, inventory
 from refimpl.text.tokenizer import tokenizer_of
 
 Array = NDArray[Any]
@@ -32,15 +35,23 @@ def convert(
     mtp: bool = True,
     progress: Progress | None = None,
     name: str | None = None,
+    overwrite: bool = False,
+    say: Say = lambda remark: None,
+    threads: int | None = None,
 ) -> tuple[str, ...]:
     """Convert a checkpoint to one GGUF file, or to a Hugging Face folder.
 
+    An interrupted conversion to GGUF leaves OUT.partial, which the same call continues.
+
     Args:
-        out_path: ends in .gguf for a GGUF file (a key of `MIXTURES`); anything
-            else is a new folder ('f32', 'f16', 'bf16').
+        out_path: ends in .gguf for a GGUF file; anything else is a new folder.
+        file_type: a key of `MIXTURES` for a GGUF file; 'f32', 'f16' or 'bf16' for a folder.
         mtp: whether the MTP layers are kept.
         progress: called with (bytes written, bytes in all).
         name: `general.name` of a GGUF file; the source's name if not given.
+        overwrite: replace a GGUF file that is there already.
+        say: takes the notes as they arise.
+        threads: that quantise to GGUF; the default is one for each physical core.
 
     Returns:
         Notes for the user, one sentence each.
@@ -57,16 +68,25 @@ def convert(
         raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
     if out.exists() and src.exists() and out.samefile(src):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
+    if to_gguf and out.is_dir():
+        raise InputError(f"{out}: is a folder, expected the name of a file to write")
+    if to_gguf and out.exists() and not overwrite:
+        raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
     source = open_checkpoint(src)
-    notes = list(source.warnings)
+    notes = _Notes(say)
+    for warning in source.warnings:
+        notes.add(warning)
     try:
         if to_gguf:
             tokenizer = tokenizer_of(src, source.metadata or None)
             vocabulary = tokenizer.vocabulary if tokenizer else None
             if vocabulary is None:
-                notes.append(f"{src}: no tokenizer found; the file will take token ids only")
-            title = name or src.resolve().stem
-            write_gguf(source, out, file_type, vocabulary, mtp, name=title, progress=progress)
+                notes.add(f"{src}: no tokenizer found; the file will take token ids only")
+            _note_requantising(source, src, file_type, notes)
+            write_gguf(
+                source, out, file_type, vocabulary, mtp, name=name or src.resolve().stem,
+                progress=progress, say=notes.add, threads=threads,
+            )  # fmt: skip
         else:
             config = source.config if mtp else source.config.without_mtp()
             _require_expressible(config, src)
@@ -77,7 +97,40 @@ def convert(
             )  # fmt: skip
     finally:
         source.close()
-    return tuple(notes)
+    return tuple(notes.texts)
+
+
+class _Notes:
+    """Remarks for the user, kept and passed on."""
+
+    def __init__(self, say: Say) -> None:
+        self.texts: list[str] = []
+        self._say = say
+
+    def add(self, text: str) -> None:
+        self.texts.append(text)
+        self._say(text)
+
+
+def _note_requantising(source: StoredSource, src: Path, file_type: str, notes: _Notes) -> None:
+    """Quantised values carry their rounding into any further type. llama-quantize refuses this
+    unless asked; here the user has named the source and is told."""
+    if MIXTURES[file_type].main in PLAIN:
+        return
+    type_of = mixture(file_type, source.config)
+    lossy = Counter(
+        (tensor.kind.name, wanted)
+        for spec in inventory(source.config)
+        if (tensor := source.stored(spec.key, spec.layer)).kind.plain is None
+        and (wanted := type_of(spec)) != tensor.kind.name
+    )
+    if lossy:
+        (before, after), _ = lossy.most_common(1)[0]
+        notes.add(
+            f"{src}: {lossy.total()} tensors are quantised already and are quantised again (most "
+            f"from {before} to {after}), which adds to their error; convert from the original if "
+            "you have it"
+        )
 
 
 def _require_expressible(config: ModelConfig, src: Path) -> None:

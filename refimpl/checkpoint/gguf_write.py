@@ -3,13 +3,16 @@
 Tensors, names, keys and transforms follow architecture.md section 4.3 and llama.cpp's converter
 (conversion/step3.py): norms hold 1 + w, the router and every vector stay F32, the llama3
 divisors travel as `rope_freqs.weight`. The header is the `gguf` package's; tensor bytes are
-written a few rows at a time, so memory stays bounded, and the file appears whole or not at all.
+written a few rows at a time, so memory stays bounded, and the file appears when it is whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,12 @@ from numpy.typing import NDArray
 
 from refimpl.checkpoint.atomic import atomic_file
 from refimpl.checkpoint.block_types import BlockType, block_type, encode
+from refimpl.checkpoint.fingerprint import fingerprint
 from refimpl.checkpoint.hf_write import Progress
 from refimpl.checkpoint.mixtures import MIXTURES, TypeOf, file_type_id, mixture
+from refimpl.checkpoint.partial import PartialFile, Say, require_space, resumable_file
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
+from refimpl.checkpoint.workers import Workers
 from refimpl.config import FULL, ModelConfig
 from refimpl.config_gguf import to_gguf
 from refimpl.config_io import GGUF_ARCHITECTURE
@@ -33,6 +39,10 @@ Blocks = Callable[[TensorSpec, BlockType], Iterable[Array]]
 """Gives a tensor's stored bytes in a type, in order, as arrays of bytes or of plain values."""
 
 CHUNK_VALUES = 1 << 22
+PIECE_VALUES = 1 << 19
+"""Values that one thread decodes and encodes at a time."""
+QUANTISERS = 1
+"""Counts changes of the quantisers, so that no file is continued with others than it began."""
 _QUANTIZATION_VERSION = 2
 
 
@@ -45,11 +55,16 @@ def write_gguf(
     type_of: TypeOf | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    say: Say = lambda remark: None,
+    threads: int | None = None,
 ) -> None:
     """Write a checkpoint as one GGUF file.
 
     A tensor that already has the wanted type is copied bit by bit; others are decoded and
-    encoded a few rows at a time.
+    encoded in pieces of `PIECE_VALUES` values on all cores, of which a few per thread are in
+    memory (about 20 MB a thread). The bytes do not depend on the number of threads. An
+    interrupted run leaves OUT.partial, which the same call continues (see
+    `refimpl.checkpoint.partial`).
 
     Args:
         file_type: a key of `refimpl.checkpoint.mixtures.MIXTURES`.
@@ -58,6 +73,8 @@ def write_gguf(
         type_of: the type of each tensor, in place of the mixture's.
         name: `general.name`; the default is the name of the output file.
         progress: called with (bytes written, bytes in all).
+        say: takes remarks for the user, one sentence each.
+        threads: the default is one for each physical core.
 
     Raises:
         InputError: unknown type, or the file cannot be written.
@@ -67,10 +84,13 @@ def write_gguf(
     if file_type not in MIXTURES:
         raise InputError(f"type is {file_type!r}, expected one of {', '.join(MIXTURES)}")
     config = source.config if mtp else source.config.without_mtp()
-    write_blocks(
-        config, Path(out), file_type_id(file_type), type_of or mixture(file_type, config),
-        lambda spec, kind: _encoded(source, spec, kind), vocabulary, name, progress,
-    )  # fmt: skip
+    about = f"{fingerprint(source)} {QUANTISERS}"
+    with Workers(threads) as workers:
+        write_blocks(
+            config, Path(out), file_type_id(file_type), type_of or mixture(file_type, config),
+            lambda spec, kind: _encoded(source, spec, kind, workers), vocabulary, name, progress,
+            resumable=about, say=say,
+        )  # fmt: skip
 
 
 def write_blocks(
@@ -83,6 +103,8 @@ def write_blocks(
     name: str | None = None,
     progress: Progress | None = None,
     hole: Callable[[TensorSpec], bool] = lambda spec: False,
+    resumable: str = "",
+    say: Say = lambda remark: None,
 ) -> None:
     """Write one GGUF file whose tensors' bytes come from a function.
 
@@ -90,6 +112,9 @@ def write_blocks(
         file_type_id: `general.file_type` as llama.cpp numbers it.
         blocks: gives the stored bytes of each tensor of `gguf_inventory(config)`, in order.
         hole: which tensors are left out as holes: zeros that take no room on the disk.
+        resumable: names what the bytes come from; an interrupted call can then be continued by
+            one of the same name. Empty: the file appears whole or not at all.
+        say: takes remarks for the user, one sentence each.
 
     Raises:
         InputError, ConfigError: as `write_gguf`.
@@ -103,12 +128,13 @@ def write_blocks(
         ggml = _ggml_type(kind)
         writer.add_tensor_info(spec.gguf_name, spec.shape, np.dtype(np.float32), size, ggml)
     writer.add_size_label(size_label(*writer.get_total_parameter_count()))
-    done, total = 0, sum(sizes)
-    with atomic_file(out) as file:
-        _write_header(writer, Path(file.name))
-        file.seek(0, 2)
-        _pad(file, writer.data_alignment)
-        for (spec, kind), size in zip(plan, sizes, strict=True):
+    header = _header_bytes(writer)
+    total = sum(sizes)
+    require_space(out, sum(n for (s, _), n in zip(plan, sizes, strict=True) if not hole(s)))
+    with _opened(out, resumable, header, len(plan), say) as target:
+        file, done = target.file, sum(sizes[: target.complete])
+        for number in range(target.complete, len(plan)):
+            (spec, kind), size = plan[number], sizes[number]
             before = file.tell()
             for block in () if hole(spec) else blocks(spec, kind):
                 file.write(block.data)
@@ -121,7 +147,23 @@ def write_blocks(
             if file.tell() - before != size:
                 raise AssertionError(f"{spec.gguf_name}: wrote {file.tell() - before} of {size}")
             _pad(file, writer.data_alignment)
+            target.finished(number + 1)
         file.truncate()  # a hole at the end counts as well
+
+
+@contextmanager
+def _opened(
+    out: Path, resumable: str, header: bytes, tensors: int, say: Say
+) -> Iterator[PartialFile]:
+    """The output at the place where the next tensor goes."""
+    if resumable:
+        identity = sha256(resumable.encode() + header).hexdigest()
+        with resumable_file(out, identity, header, tensors, say) as target:
+            yield target
+        return
+    with atomic_file(out) as file:
+        file.write(header)
+        yield PartialFile(file, 0, len(header))
 
 
 def _ggml_type(kind: BlockType) -> Any:
@@ -196,18 +238,25 @@ def _special_ids(vocabulary: Vocabulary | None, config: ModelConfig) -> dict[str
     return ids
 
 
-def _write_header(writer: Any, path: Path) -> None:
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+def _header_bytes(writer: Any) -> bytes:
+    """All that comes before the first tensor, padding included."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header + bytes(-len(header) % writer.data_alignment)
 
 
 def _pad(file: Any, alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
 
 
-def _encoded(source: StoredSource, spec: TensorSpec, kind: BlockType) -> Iterator[Array]:
+def _encoded(
+    source: StoredSource, spec: TensorSpec, kind: BlockType, workers: Workers
+) -> Iterator[Array]:
     if spec.key == "rope_freqs":
         yield rope_divisors(source.config)
         return
@@ -215,18 +264,21 @@ def _encoded(source: StoredSource, spec: TensorSpec, kind: BlockType) -> Iterato
     if spec.plus_one:
         scale = source.norm_scale(spec.key, spec.layer, np.float32)
         yield encode(kind, scale[None, :], tensor.where)
-    elif tensor.kind.name == kind.name:
-        for start, stop in row_ranges(tensor):
-            yield np.ascontiguousarray(tensor.rows[start:stop])
-    else:
-        for start, stop in row_ranges(tensor):
-            values = tensor.values(start, stop).astype(np.float32, copy=False)
-            yield encode(kind, values, tensor.where)
+        return
+    same = tensor.kind.name == kind.name
+
+    def piece(rows: tuple[int, int]) -> Array:
+        if same:
+            return np.ascontiguousarray(tensor.rows[rows[0] : rows[1]])
+        values = tensor.values(*rows).astype(np.float32, copy=False)
+        return encode(kind, values, tensor.where)
+
+    yield from workers.ordered(piece, row_ranges(tensor, PIECE_VALUES))
 
 
-def row_ranges(tensor: StoredTensor) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `CHUNK_VALUES` values that cover a tensor."""
-    step = max(1, CHUNK_VALUES // tensor.spec.shape[-1])
+def row_ranges(tensor: StoredTensor, values: int = CHUNK_VALUES) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `values` values that cover a tensor."""
+    step = max(1, values // tensor.spec.shape[-1])
     n = tensor.rows.shape[0]
     for start in range(0, n, step):
         yield start, min(n, start + step)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def like_the_record(tmp_path_factory):
         folder = root / preset
         if not folder.exists():
             synthesize(PRESETS[preset](), GOLDEN["seed"], folder, GOLDEN["dtype"])
-        convert(folder, root / "out.gguf", kind)
+        convert(folder, root / "out.gguf", kind, overwrite=True)
         return root / "out.gguf"
 
     return path
@@ -131,19 +132,151 @@ def test_progress_ends_at_the_whole(made, tmp_path):
     assert done == sorted(done) and seen[-1][0] == seen[-1][1] == {t for _, t in seen}.pop()
 
 
-def test_an_interrupted_conversion_leaves_nothing_and_keeps_what_was_there(made, tmp_path):
+def stop_at(share):
+    """A progress function that interrupts after a share of the bytes."""
+
+    def progress(done, total):
+        if done >= share * total:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_an_interrupted_conversion_is_continued(made, tmp_path):
+    """Whole tensors are kept; the same call writes the rest, and the file is the same."""
+    source, out = made("tiny_a", "hf-f32"), tmp_path / "m.gguf"
+    for share in (0.4, 0.8):
+        said = []
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, "q8_0", progress=stop_at(share), say=said.append)
+        assert names(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
+        assert "the same command goes on from there" in said[-1]
+    first = []
+    (note,) = convert(source, out, "q8_0", progress=lambda *done: first.append(done))
+    assert "going on after" in note and "of 198 tensors" in note
+    assert first[0][0] > 0.5 * first[0][1] and first[-1][0] == first[-1][1]
+    assert names(tmp_path) == ["m.gguf"]
+    assert out.read_bytes() == made("tiny_a", "q8_0").read_bytes()
+
+
+def test_a_partial_file_of_another_conversion_is_started_anew(made, tmp_path):
+    """Another type, another source, a damaged journal or a shorter file: nothing is taken over."""
+    source, out = made("tiny_a", "hf-f32"), tmp_path / "m.gguf"
+    partial, journal = tmp_path / "m.gguf.partial", tmp_path / "m.gguf.partial.json"
+
+    def damage():
+        journal.write_text("[" * 5000)
+
+    cases = [
+        (made("tiny_a", "hf-f32"), "q4_0", lambda: None),
+        (made("tiny_a", "hf-bf16"), "q8_0", lambda: None),
+        (source, "q8_0", damage),
+        (source, "q8_0", lambda: journal.write_text('{"identity": 1, "tensors": -1}')),
+        (source, "q8_0", journal.unlink),
+        (source, "q8_0", lambda: partial.write_bytes(partial.read_bytes()[:5000])),
+        (source, "q8_0", lambda: partial.write_bytes(b"x" + partial.read_bytes()[1:])),
+    ]
+    for other, kind, change in cases:
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, "q8_0", name="a", progress=stop_at(0.5))
+        change()
+        notes = convert(other, out, kind, name="a")
+        assert [n for n in notes if "starting anew" in n], (kind, change)
+        expected = tmp_path / "expected.gguf"
+        convert(other, expected, kind, name="a")
+        assert out.read_bytes() == expected.read_bytes()
+        assert names(tmp_path) == ["expected.gguf", "m.gguf"]
+        out.unlink()
+        expected.unlink()
+
+
+def test_interrupted_before_the_first_tensor_is_whole_nothing_stays(made, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert(made("micro", "hf-f32"), tmp_path / "m.gguf", "q8_0", progress=stop_at(0))
+    with pytest.raises(KeyboardInterrupt):
+        convert(made("micro", "hf-f32"), tmp_path / "folder", "f16", progress=stop_at(0))
+    assert names(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_keeps_what_is_complete(made, tmp_path):
+    def full(done, total):
+        if done > total / 2:
+            raise OSError(28, "No space left on device")
+
+    source, out = made("micro", "hf-f32"), tmp_path / "m.gguf"
+    with pytest.raises(InputError, match=r"m.gguf: cannot be written \(No space left on device\)"):
+        convert(source, out, "q8_0", progress=full)
+    assert names(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
+    assert "going on after" in convert(source, out, "q8_0")[0]
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_begun(made, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(InputError, match=r"m.gguf: needs 0.00 GB, 0.00 GB are free in"):
+        convert(made("tiny_a", "hf-f32"), tmp_path / "m.gguf", "q8_0")
+    assert names(tmp_path) == []
+
+
+def test_two_conversions_do_not_write_one_file(made, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "m.gguf"
+    with open(tmp_path / "m.gguf.partial", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another conversion is writing it"):
+            convert(made("micro", "hf-f32"), out, "q8_0")
+    assert names(tmp_path) == ["m.gguf.partial"]
+
+
+def test_a_file_that_is_there_is_kept_unless_forced(made, tmp_path):
     out = tmp_path / "m.gguf"
     out.write_bytes(b"old")
+    with pytest.raises(InputError, match=r"already exists; choose another name, or --force"):
+        convert(made("micro", "hf-f32"), out, "q8_0")
+    assert out.read_bytes() == b"old" and names(tmp_path) == ["m.gguf"]
+    convert(made("micro", "hf-f32"), out, "q8_0", overwrite=True)
+    assert read_gguf(out).tensors
+    with pytest.raises(InputError, match="is a folder, expected the name of a file"):
+        (tmp_path / "d.gguf").mkdir()
+        convert(made("micro", "hf-f32"), tmp_path / "d.gguf", "q8_0", overwrite=True)
 
-    def interrupt(done, total):
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        convert(made("micro", "hf-f32"), out, "q8_0", progress=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert(made("micro", "hf-f32"), tmp_path / "folder", "f16", progress=interrupt)
-    assert out.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+def test_an_error_in_the_data_leaves_nothing(made, tmp_path, monkeypatch):
+    from refimpl.checkpoint import gguf_write
+
+    real = gguf_write.encode
+
+    def encode(kind, values, where):
+        if "layers.1.moe.down_proj" in where:
+            raise CheckpointError("damaged")
+        return real(kind, values, where)
+
+    monkeypatch.setattr(gguf_write, "encode", encode)
+    with pytest.raises(CheckpointError, match="damaged"):
+        convert(made("micro", "hf-f32"), tmp_path / "m.gguf", "q8_0")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_s", "iq4_xs"])
+def test_any_number_of_threads_gives_the_same_bytes(made, tmp_path, monkeypatch, kind):
+    from refimpl.checkpoint import gguf_write
+
+    monkeypatch.setattr(gguf_write, "PIECE_VALUES", 1000)
+    for threads in (1, 2, 5):
+        out = tmp_path / f"{threads}.gguf"
+        convert(made("tiny_b", "hf-f32"), out, kind, name="m", threads=threads)
+        assert out.read_bytes() == (tmp_path / "1.gguf").read_bytes()
+
+
+def test_quantising_again_is_done_and_remarked(made, tmp_path):
+    again = convert(made("tiny_a", "q4_0"), tmp_path / "m.gguf", "q8_0")
+    assert len(again) == 1 and "quantised again (most from Q4_0 to Q8_0)" in again[0]
+    assert convert(made("tiny_a", "q4_0"), tmp_path / "f32.gguf", "f32") == ()
+    assert convert(made("tiny_a", "q4_0"), tmp_path / "same.gguf", "q4_0") == ()
 
 
 def test_values_beyond_f16_are_refused(tmp_path, micro):
