@@ -74,7 +74,7 @@ def q6_k(b: bytes) -> Values:
 
 
 def q3_k(b: bytes) -> Values:
-    """32 B inverted third bits, 64 B pairs of bits, 12 B of sixteen 6-bit scales less 32, fp16 d."""
+    """32 B inverted third bits, 64 B pairs of bits, 12 B of 16 6-bit scales less 32, fp16 d."""
     d, out = half(b, 108), []
     for i in range(256):
         n, k, lane, j = i // 128, i % 128 // 32, i % 32, i // 16

@@ -121,7 +121,7 @@ def test_a_missing_part_is_named(copy: Path) -> None:
     done = run("inspect", part(copy, 1))
     assert done.exit_code == 1
     assert f"problem: the file {part(copy, 3).name} is missing\n" in done.stdout
-    assert "50 tensors are missing: blk.6." in done.stdout
+    assert "51 tensors are missing: blk.6." in done.stdout
 
 
 def test_another_part_than_the_first_is_refused(copy: Path) -> None:
@@ -177,12 +177,10 @@ def test_layers_of_a_split_model_need_their_own_parts_only(copy: Path, made: Mad
         open_checkpoint(part(copy, 1), wanted=lambda spec: spec.layer == 4)
     done = run("inspect", part(copy, 1), "--layers", "7:8")
     assert done.exit_code == 0
-    assert (
-        done.stdout
-        == f"{part(copy, 3).name}: 17 tensors of these layers, here\n"
-        + (f"{part(copy, 1).name}: 1 tensors of these layers, here\n")
-        or part(copy, 3).name in done.stdout
-    )
+    assert done.stdout.splitlines() == [
+        f"{part(copy, 1).name}: 1 tensors of these layers, here",  # rope_freqs
+        f"{part(copy, 3).name}: 17 tensors of these layers, here",
+    ]
     assert run("inspect", part(copy, 1), "--layers", "4").exit_code == 1
 
 
