@@ -23,7 +23,7 @@ ENGINE = "refimpl"
 DRAFTS = ("0", "1", "2", "3", "auto")
 DEPTHS = (0, 1024, 4096, 16384, 65536, 261120)
 LLAMA_DEPTHS = (0, 1024, 2048)  # filled by a prefill, which is what limits them
-ROWS = (1, 2, 4)
+ROWS = (1, 2, 3, 4)
 MICRO_BATCHES = (32, 64, 128, 256, 512)
 
 
@@ -56,6 +56,10 @@ def slice_name(model: str) -> str:
     return f"slice_{model.replace('-', '_')}.gguf"
 
 
+def _path(model: str) -> Path:
+    return Path(EMBEDDED if model == EMBEDDED else slice_name(model))
+
+
 def models() -> tuple[str, ...]:
     """All slices that the cases use."""
     return tuple(dict.fromkeys(c.model for c in cases(2) if c.model != EMBEDDED))
@@ -71,10 +75,10 @@ def cases(threads: int) -> tuple[Case, ...]:
         base = RunnerTest(Path(slice_name(kind)), threads=threads, repetitions=2)
         what = "prefill of 512 tokens"
         out.append(_against_llama(f"prefill-{kind}", kind, replace(base, n_prompt=512), what))
-    out += [_verify(kind, threads) for kind in TYPES]
+    out += [_verify(kind, threads) for kind in (*TYPES, EMBEDDED)]
     out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 3) for kind in MTP_TYPES]
     out.append(_drafts(EMBEDDED, threads, (), 64, 2))
-    mini = RunnerTest(Path(EMBEDDED), threads=threads, repetitions=5, n_gen=128)
+    mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=128)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))
     out += [_depth(threads), _depth_llama(threads)]
     out += [_threads("q4_0", threads), _threads("q4_k_s", threads), _micro_batch(threads)]
@@ -91,22 +95,17 @@ def _against_llama(name: str, model: str, test: RunnerTest, what: str) -> Case:
 
 
 def _verify(kind: str, threads: int) -> Case:
-    base = RunnerTest(Path(slice_name(kind)), n_gen=64, threads=threads, repetitions=3)
+    base = RunnerTest(_path(kind), n_gen=60, threads=threads, repetitions=3)
     entries = tuple(Entry(f"{r} rows", replace(base, n_rows=r)) for r in ROWS)
-    return Case(f"verify-{kind}", kind, "verification of 2 and 4 tokens", entries)
+    return Case(f"verify-{kind}", kind, "verification of 2 to 4 tokens", entries)
 
 
 def _drafts(
     model: str, threads: int, acceptance: tuple[float, ...], tokens: int, repetitions: int
 ) -> Case:
-    path = Path(EMBEDDED if model == EMBEDDED else slice_name(model))
-    base = RunnerTest(path, n_gen=tokens, threads=threads, repetitions=repetitions,
+    base = RunnerTest(_path(model), n_gen=tokens, threads=threads, repetitions=repetitions,
                       acceptance=acceptance)  # fmt: skip
     entries = tuple(Entry(f"mtp {m}", replace(base, mtp=m)) for m in DRAFTS)
-    entries = tuple(
-        replace(e, test=replace(e.test, acceptance=())) if e.test.mtp == "0" and not acceptance
-        else e for e in entries
-    )  # fmt: skip
     rates = "simulated" if acceptance else "real"
     return Case(f"drafts-{model}", model, f"drafts, {rates} acceptance", entries)
 

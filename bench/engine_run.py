@@ -33,6 +33,7 @@ def measure_cases(
     """
     from refimpl.benchmark.host import cpu_name, machine_state
     from refimpl.engine.probe import read_bandwidth
+    from refimpl.engine.simd import cpu_features
     from refimpl.engine.threads import Team
 
     data.mkdir(parents=True, exist_ok=True)
@@ -42,13 +43,16 @@ def measure_cases(
         append_round(data / ROUNDS_FILE, done)
         made.append(done)
 
+    def state() -> dict[str, Any]:
+        return {**machine_state(), "amx": "amx-tile" in cpu_features()}
+
     team = Team(threads)
     try:
         for case in cases:
             run_rounds(
                 case.name, arms(case, models, llama), rounds,
                 lambda: read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS),
-                f"{cpu_name()}, {threads} threads", keep, machine_state, note,
+                f"{cpu_name()}, {threads} threads", keep, state, note,
             )  # fmt: skip
     finally:
         team.close()

@@ -1,0 +1,277 @@
+"""The report on the CPU engine: one command turns raw rounds into text, tables and pictures."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.engine_cases import DEPTHS, EMBEDDED, ENGINE, LLAMA_DEPTHS, TYPES
+from bench.engine_figures import Figures, Row, kernels, rows_of
+from bench.engine_run import ROUNDS_FILE, all_rounds
+from bench.interleave import Ratio, Round, quiet_rounds, ratio
+from hwmodel.errors import RunFileError
+
+_CAPTIONS = {
+    "by-type": "Decode and prefill by type, and the share of the read bandwidth that decoding "
+    "uses; bars are medians, whiskers their interval over rounds.",
+    "depth": "Decoding against context depth; refimpl's depths are filled with random keys and "
+    "values, llama.cpp's by a prefill.",
+    "threads": "Decoding against threads.",
+    "drafts": "The draft-and-verify loop over the same loop without drafts.",
+    "micro-batch": "Prefill against the number of rows that run through the model at once.",
+}
+_ROUGH_UNITS = {"x": ("{:.2f}", 1.0), "%": ("{:.0f} %", 100.0), "MB": ("{:.0f} MB", 1.0)}
+
+
+def write_report(data: Path, out: Path) -> tuple[list[dict[str, str]], list[Path]]:
+    """Write the report `out` and its pictures into `data`; returns the target table and the
+    files written.
+
+    Raises:
+        RunFileError: there are no rounds, or they cannot be read.
+        OSError: a file cannot be written.
+    """
+    from bench.engine_plots import figures_of
+    from hwmodel.files import write_whole
+    from hwmodel.plots import save
+
+    rounds = all_rounds(data)
+    if not rounds:
+        raise RunFileError(
+            f"{data / ROUNDS_FILE}: no rounds; measure some first: bench engine measure"
+        )
+    figures = Figures(rounds)
+    written: list[Path] = []
+    for name, figure in figures_of(figures, source(rounds)).items():
+        written += save(figure, data, name)
+    samples = data / "samples.csv"
+    write_whole(samples, samples_csv(figures).encode())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [p for p in written if p.suffix == ".png"]
+    text = report_text(figures, os.path.relpath(data, out.parent), [p.stem for p in pictures])
+    write_whole(out, text.encode())
+    return [row_json(row) for row in rows_of(figures)], [*written, samples, out]
+
+
+def source(rounds: Sequence[Round]) -> str:
+    """Where and when the rounds were measured, on one line."""
+    newest = max(rounds, key=lambda r: r.started)
+    builds = {m.build for m in newest.arms.values() if m.engine == "refimpl"}
+    day = time.strftime("%Y-%m-%d", time.gmtime(newest.started))
+    shown = f", refimpl {sorted(builds)[0].split()[0]}" if builds else ""
+    return f"{newest.host}{shown}, {day}"
+
+
+def row_json(row: Row) -> dict[str, str]:
+    """A row of the target table as text."""
+    return {
+        "what": row.what,
+        "measured": show(row.figure, row.unit),
+        "at least": _demand(row, row.at_least),
+        "aim": _demand(row, row.aim),
+        "verdict": row.verdict,
+        "from": row.basis,
+    }
+
+
+def show(value: Ratio | None, unit: str) -> str:
+    """A figure with its interval."""
+    if value is None:
+        return "-"
+    form, factor = _ROUGH_UNITS[unit]
+    text = form.format(value.value * factor)
+    if unit == "MB" or value.rounds < 2:
+        return text
+    low, high = (form.format(v * factor).removesuffix(" %") for v in (value.low, value.high))
+    return f"{text} ({low} to {high})"
+
+
+def _demand(row: Row, value: float | None) -> str:
+    if value is None:
+        return "-"
+    form, factor = _ROUGH_UNITS[row.unit]
+    return ("at most " if row.lower_is_better else "") + form.format(value * factor)
+
+
+def report_text(f: Figures, folder: str, pictures: Iterable[str]) -> str:
+    """The whole report as Markdown; `folder` leads from it to the pictures."""
+    rows = [row_json(r) for r in rows_of(f)]
+    parts = [
+        "# The CPU engine, measured",
+        _introduction(f),
+        "## Demands and what was reached",
+        _reading(f),
+        markdown(rows[0].keys(), [tuple(r.values()) for r in rows]),
+        _amx(f),
+        "## Speeds",
+        markdown(*_speeds(f)),
+    ]
+    for name in pictures:
+        parts += [f"![{_CAPTIONS[name]}]({folder}/{name}.png)", f"*{_CAPTIONS[name]}*"]
+    parts += ["## Depth", markdown(*_depths(f))] if f.newest("depth-q4_k_s") else []
+    parts += ["## Verification of drafts", markdown(*_verification(f))]
+    parts += ["## Rounds", _method(folder), markdown(*_rounds(f))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(f: Figures) -> str:
+    state = f.rounds[-1].state
+    memory = state.get("memory_total_bytes", 0) / 1e9
+    best = ", ".join(f"{v / 1e9:.1f} GB/s ({k})" for k, v in f.best.items())
+    return (
+        f"Machine: {f.rounds[-1].host}, {memory:.0f} GB of memory. Best read bandwidth probed: "
+        f"{best}. Models: five layers of the published shape at its true widths (one dense, four "
+        "MoE with 64 experts each of which 8 are selected; vocabulary 16,384), random weights, "
+        "one type each, and the embedded model. Bytes of a step are those that the engine counted "
+        "while it was timed: every tensor once, and each selected expert once."
+    )
+
+
+def _reading(f: Figures) -> str:
+    return (
+        "Figures are medians over rounds, their interval in brackets. Ratios are between engines "
+        "in the same round; llama.cpp is its fastest variant for that type and test. *Short* "
+        "means that the demand is not met."
+    )
+
+
+def _amx(f: Figures) -> str:
+    if any(r.state.get("amx") for r in f.rounds):
+        return (
+            "This processor has AMX. The prefill rows hold for it; llama.cpp was measured with "
+            "AMX, and without where such a build was given."
+        )
+    return (
+        "This processor has no AMX, so the demand on prefill with AMX (1.5x) cannot be judged "
+        "here, and llama.cpp built without AMX is the same as its default build."
+    )
+
+
+def _speeds(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Tokens/s of every arm of the cases against llama.cpp."""
+    names = [f"{what}-{kind}" for what in ("decode", "prefill") for kind in TYPES]
+    names += ["decode-mini"]
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        best = f.best_llama(name)
+        for label in dict.fromkeys(k for r in f.case(name) for k in r.arms):
+            value = f.per_round(name, label, lambda _, m: m.median_ts)
+            share = f.share(name, label) if name.startswith("decode") else None
+            note = "best of llama.cpp" if label == best else ""
+            rows.append((name, label, _plain(value, 1), show(share, "%"), note))
+    return ("case", "engine", "tokens/s", "share of read bandwidth", ""), rows
+
+
+def _plain(value: Ratio | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    text = f"{value.value:,.{digits}f}"
+    if value.rounds < 2:
+        return text
+    return f"{text} ({value.low:,.{digits}f} to {value.high:,.{digits}f})"
+
+
+def _depths(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = []
+    for depth in sorted({*DEPTHS, *LLAMA_DEPTHS}):
+        cells = [f"{depth:,}"]
+        for kv in ("f16", "q8_0"):
+            label = f"{ENGINE} {kv} d{depth}"
+            speed = f.per_round("depth-q4_k_s", label, lambda _, m: m.median_ts)
+            resident = f.per_round("depth-q4_k_s", label, lambda _, m: _cache_megabytes(m.record))
+            cells += [_plain(speed, 1), _plain(resident, 0)]
+        case, label = f.case("depth-llama"), f"{ENGINE} d{depth}"
+        over = ratio(case, label, f"llama.cpp default d{depth}")
+        rows.append((*cells, show(over, "x")))
+    header = ("depth, tokens", "f16 KV: tokens/s", "cache, MB", "q8_0 KV: tokens/s", "cache, MB",
+              "over llama.cpp, f16")  # fmt: skip
+    return header, rows
+
+
+def _cache_megabytes(record: dict[str, Any]) -> float | None:
+    resident = record.get("resident")
+    return resident["cache_bytes"] / 1e6 if resident else None
+
+
+def _verification(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = []
+    for kind in (*TYPES, EMBEDDED):
+        name = f"verify-{kind}"
+        for count in range(1, 5):
+            label = f"{count} rows"
+            ms = f.per_round(name, label, lambda _, m, n=count: 1e3 * n / m.median_ts)  # type: ignore[misc]
+            if ms is None:
+                continue
+            size = f.step_bytes(name, label) or 0.0
+            scaled, _ = f.verification(kind, count)
+            rows.append((kind, str(count), _plain(ms, 2), f"{size / 1e6:,.1f}",
+                         show(f.share(name, label), "%"), show(scaled, "x")))  # fmt: skip
+    header = ("model", "tokens in a step", "time of the step, ms", "bytes, MB",
+              "share of read bandwidth", "time over that of one token scaled by bytes")  # fmt: skip
+    return header, rows
+
+
+def _method(folder: str) -> str:
+    return (
+        "A round runs every engine of a case once, each in a process of its own and after a "
+        "warm-up, between two probes of the read bandwidth. It is quiet if the probes agree within "
+        "10 % and both reach 90 % of the best one seen, else busy. Absolute figures are of quiet "
+        "rounds; where a case has none, its ratios come from busy ones. Rounds of older kernels "
+        f"are kept but not counted. Every sample: [{ROUNDS_FILE}]({folder}/{ROUNDS_FILE}), as a "
+        f"table [samples.csv]({folder}/samples.csv). Made by `bench engine measure` and "
+        "`bench engine report`."
+    )
+
+
+def _rounds(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    rows: list[tuple[str, ...]] = []
+    for name in f.cases():
+        newest = f.newest(name)
+        quiet = len(quiet_rounds(newest, f.best))
+        builds = dict.fromkeys(
+            f"{m.engine} {m.build}".strip() for r in newest for m in r.arms.values()
+        )
+        failed = dict.fromkeys(f"{k}: {v}" for r in newest for k, v in r.failed.items())
+        probes = sorted(r.probe / 1e9 for r in newest)
+        rows.append((
+            name, str(quiet), str(len(newest) - quiet), f"{probes[0]:.1f} to {probes[-1]:.1f}",
+            "; ".join([*builds, *failed]),
+        ))  # fmt: skip
+    return ("case", "quiet", "busy", "probe, GB/s", "builds"), rows
+
+
+def samples_csv(f: Figures) -> str:
+    """Every sample of every round as CSV, one a line."""
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ("case", "started", "verdict", "kernels", "probe_bytes_per_s", "arm", "engine", "build",
+         "flags", "sample", "tokens_per_s", "seconds")
+    )  # fmt: skip
+    for r in f.rounds:
+        verdict = "quiet" if r.is_quiet(f.best[r.host]) else "busy"
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(r.started))
+        for label, m in r.arms.items():
+            pairs = zip(m.samples_ts, m.samples_ns, strict=True)
+            for number, (speed, ns) in enumerate(pairs, 1):
+                writer.writerow(
+                    (r.case, began, verdict, kernels(r), f"{r.probe:.0f}", label, m.engine,
+                     m.build, m.flags, number, f"{speed:.4f}", f"{ns / 1e9:.6f}")
+                )  # fmt: skip
+    return out.getvalue()
+
+
+def markdown(header: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    """a Markdown table, or that nothing was measured."""
+    names = list(header)
+    if not rows:
+        return "Not measured."
+    lines = [names, ["---"] * len(names), *rows]
+    cells = [[c.replace("|", "/") for c in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
