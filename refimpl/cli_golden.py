@@ -64,6 +64,11 @@ def golden() -> None:
     metavar="NAME",
     help="Make this known mistake on purpose (`golden diagnose --list` names them).",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Engine: no int8 activations, f32 keys and values; needed to equal a reference's file.",
+)
 @click.pass_context
 def dump(
     ctx: click.Context,
@@ -77,6 +82,7 @@ def dump(
     chunk: int | None,
     threads: int | None,
     variant: str | None,
+    exact: bool,
     **piece: Any,
 ) -> None:
     """Run the model over a prompt and write everything it computes.
@@ -98,19 +104,21 @@ def dump(
     """
     if any(value is not None for value in piece.values()):
         whole = (chunk, variant, mtp_model)
-        if new or backend != "reference" or any(value is not None for value in whole):
+        if new or exact or backend != "reference" or any(value is not None for value in whole):
             raise click.UsageError(
-                "pieces take neither --new, --chunk, --backend, --variant nor --mtp-model", ctx
+                "pieces take neither --new, --chunk, --backend, --exact, --variant nor --mtp-model",
+                ctx,
             )
         _dump_piece(model, tokens, out, dtype, threads, **piece)
         return
-    from refimpl.backends import open_model
+    from refimpl.backends import EngineOptions, open_model
     from refimpl.golden.dump import golden_arrays
     from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
 
     check_output(Path(out), model, tokens, mtp_model)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    with open_model(model, backend, dtype, threads, mtp_model=mtp_model) as opened:
+    options = EngineOptions(exact)
+    with open_model(model, backend, dtype, threads, options, mtp_model=mtp_model) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
         runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)
@@ -118,10 +126,11 @@ def dump(
         meta = {
             "dtype": dtype,
             "backend": backend,
+            "exact": exact or backend == "reference",
             "variant": variant,
             "chunk": chunk,
             "config_sha256": config_hash(opened.backend.config),
-            "command": _command(dtype, backend, new, chunk),
+            "command": _command(dtype, backend, new, chunk) + (" --exact" if exact else ""),
         }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
