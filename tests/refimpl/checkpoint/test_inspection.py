@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -172,6 +173,103 @@ def test_norms_with_the_wrong_offset_are_noticed(
     done = run(path, "--check")
     assert done.exit_code == 1
     assert words in done.stdout
+
+
+@pytest.mark.parametrize(("added", "words"), [(1.0, "applied twice"), (-1.0, "never applied")])
+@pytest.mark.parametrize("form", ["hf-f32", "hf-bf16", "hf-fp8"])
+def test_norms_of_a_folder_that_holds_what_a_gguf_file_would(
+    made: Made, tmp_path: Path, form: str, added: float, words: str
+) -> None:
+    """A converter that writes 1 + w into a folder gets + 1 twice; one that takes 1 off, never."""
+    path = Path(shutil.copytree(made("micro", form), tmp_path / "m"))
+    assert run(path, "--check").exit_code == 0
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    kind = np.dtype(np.float32) if form == "hf-f32" else np.dtype(ml_dtypes.bfloat16)
+    for name, entry in json.loads(data[8 : 8 + size]).items():
+        if name.endswith("norm.weight"):
+            start, stop = (8 + size + o for o in entry["data_offsets"])
+            wrong = np.frombuffer(data[start:stop], kind).astype(np.float32) + added
+            data[start:stop] = wrong.astype(kind).tobytes()
+    file.write_bytes(data)
+    done = run(path, "--check")
+    assert done.exit_code == 1
+    assert words in done.stdout
+    assert words in json.loads(run(path, "--check", "--json").stdout)["findings"][0]["problem"]
+
+
+@pytest.mark.parametrize("form", ["hf-bf16", "hf-fp8", "q8_0", "q4_0"])
+def test_tokenizer_and_template_are_found(made: Made, tmp_path: Path, form: str) -> None:
+    found = json.loads(run(made("tiny_a", form), "--json").stdout)["tokenizer"]
+    assert found["entries"] in (271, 320)  # a GGUF file pads to the vocabulary
+    assert found["merges"] == 12
+    assert found["pre_tokenizer"] == "deepseek-v3"
+    assert found["chat_template_characters"] is None
+    assert "no chat template" in run(made("tiny_a", form)).stdout
+
+
+def test_a_template_beside_the_tokenizer_is_counted(made: Made, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made("tiny_a", "hf-bf16"), tmp_path / "m"))
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    assert "chat template of 14 characters" in run(path).stdout
+    (path / "tokenizer.json").unlink()
+    done = run(path)
+    assert done.exit_code == 0
+    assert "tokenizer: none" in done.stdout
+
+
+def test_a_damaged_tokenizer_is_a_problem(made: Made, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(made("tiny_a", "hf-bf16"), tmp_path / "m"))
+    (path / "tokenizer.json").write_text("{")
+    done = run(path)
+    assert done.exit_code == 1
+    assert "tokenizer: unusable" in done.stdout
+    assert "problem: " in done.stdout
+
+
+def test_a_sparse_file_is_inspected_from_its_header(tmp_path: Path) -> None:
+    """Headers of the published FP8 checkpoint, whole, over shards that are holes on the disk: the
+    sizes are those published (208.6 GB), and nothing but headers is read."""
+    from refimpl.checkpoint.block_fp8 import scale_shape
+    from refimpl.config import published
+    from refimpl.config_io import to_hf
+
+    folder = tmp_path / "m"
+    folder.mkdir()
+    field = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = to_hf(published()) | {"quantization_config": field}
+    (folder / "config.json").write_text(json.dumps(config))
+    shards: dict[int, dict[str, tuple[str, tuple[int, ...], int]]] = {}
+    for t in inventory(published()):
+        shard = shards.setdefault(t.layer if t.layer is not None else 0, {})
+        if t.role == "routed":
+            scales = scale_shape(t.shape, (128, 128))
+            shard[t.hf_name] = ("F8_E4M3", t.shape, t.elements)
+            shard[t.hf_name + "_scale_inv"] = ("F32", scales, 4 * int(np.prod(scales)))
+        else:
+            shard[t.hf_name] = ("BF16", t.shape, 2 * t.elements)
+    weight_map = {}
+    for number, tensors in shards.items():
+        name, at, fields = f"model-{number + 1:05d}.safetensors", 0, {}
+        for tensor, (kind, shape, size) in tensors.items():
+            fields[tensor] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + size]}
+            weight_map[tensor] = name
+            at += size
+        text = json.dumps(fields).encode()
+        with open(folder / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert sum(p.stat().st_blocks * 512 for p in folder.iterdir()) < 5_000_000
+    found = inspect(folder)
+    assert found.problems == ()
+    assert found.parameters == parameters(published()) == 199_384_301_376
+    assert found.types["F8_E4M3"] == (126, 42 * 3 * 288 * 1280 * 4096)
+    assert found.stored_bytes == pytest.approx(208.56e9, rel=1e-4)
+    shown = run(folder).stdout
+    assert "MTP layers: 3 of 3" in shown
+    assert "routed         252 190,253,629,440" in shown
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

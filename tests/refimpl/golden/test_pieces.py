@@ -80,6 +80,66 @@ def test_only_the_shards_of_the_layers_are_needed(work: Path, tmp_path: Path) ->
     assert "complete the download" in other.stderr
 
 
+@pytest.mark.parametrize("form", ["f32", "fp8"])
+def test_other_shards_are_never_opened(tmp_path: Path, form: str) -> None:
+    """They are poisoned here: opening one would fail, reading one would change the numbers."""
+    folder = synthesize(PRESETS["tiny_a"](), 2, tmp_path / "m", form, max_shard_bytes=300_000)
+    assert dump(tmp_path, folder, "all.npz").exit_code == 0
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    layer = {n for n in index if n.startswith("model.layers.6.")}
+    assert len(layer) == (20 if form == "fp8" else 17)  # three experts' scales
+    needed = {index[name] for name in layer}
+    others = set(index.values()) - needed
+    assert needed
+    assert others
+    for name in others:
+        (folder / name).write_bytes(b"\xff" * 4096)
+    piece = ("--layers", "6:7", "--hidden-in", tmp_path / "all.npz")
+    done = dump(tmp_path, folder, "6.npz", *piece)
+    assert done.exit_code == 0, done.stderr
+    compared = run("compare", tmp_path / "all.npz", tmp_path / "6.npz", "--tolerance", 0)
+    assert compared.exit_code == 0, compared.stdout
+    refused = dump(tmp_path, folder, "5.npz", "--layers", "0:9")
+    assert refused.exit_code == 2
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_inspect_names_the_shards_to_download(tmp_path: Path) -> None:
+    """From config.json and the index alone; then, of the named files, which are here."""
+    made = synthesize(PRESETS["tiny_a"](), 2, tmp_path / "m", "fp8", max_shard_bytes=300_000)
+    folder = tmp_path / "begun"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_bytes((made / name).read_bytes())
+    index = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+
+    def asked(layers: str) -> tuple[int, dict[str, object]]:
+        args = ["inspect", str(folder), "--layers", layers, "--json"]
+        done = CliRunner().invoke(main, args)
+        return done.exit_code, json.loads(done.stdout)
+
+    def expected(*parts: str) -> list[str]:
+        return sorted({index[n] for n in index if any(n.startswith(p) for p in parts)})
+
+    for layers, parts in (
+        ("6:7", ("model.layers.6.",)),
+        ("0", ("model.layers.0.", "model.embed_tokens.")),
+        ("8", ("model.layers.8.", "model.norm.", "lm_head.")),
+    ):
+        code, found = asked(layers)
+        assert code == 1
+        assert [f["name"] for f in found["files"]] == expected(*parts)  # type: ignore[attr-defined]
+        assert not any(f["present"] for f in found["files"])  # type: ignore[attr-defined]
+    for name in expected("model.layers.6."):
+        (folder / name).symlink_to(made / name)
+    code, found = asked("6:7")
+    assert (code, found["complete"], found["nowhere"]) == (0, True, [])
+    shown = CliRunner().invoke(main, ["inspect", str(folder), "--layers", "6"]).stdout
+    assert shown.splitlines()[0].endswith("tensors of these layers, here")
+    refused = CliRunner().invoke(main, ["inspect", str(folder), "--layers", "6", "--check"])
+    assert refused.exit_code == 2
+
+
 def test_a_mistake_in_one_layer_is_found_from_its_own_input(work: Path, tmp_path: Path) -> None:
     arrays, _ = read_golden(work / "all.npz")
     theirs = {"prompt": arrays["prompt"], "hidden": arrays["hidden"].copy()}
