@@ -114,7 +114,8 @@ def _for_chat(
 
     limit = model.backend.config.max_position_embeddings
     stops = (*options.stop_strings, *stops)
-    return replace(options, context=context or min(limit, 32768), stop_strings=stops)
+    context = min(limit, 32768) if context is None else context
+    return replace(options, context=context, stop_strings=stops)
 
 
 def _talk(session: ChatSession, hide_reasoning: bool) -> None:

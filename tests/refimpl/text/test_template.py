@@ -44,15 +44,15 @@ ESCAPES = [
     "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
     "{{ self.__init__.__globals__.__builtins__.__import__('os').system('id') }}",
-    "{{ raise_exception.__globals__ }}",
-    "{{ strftime_now.__closure__ }}",
+    "{{ raise_exception.__globals__.os }}",
+    "{{ strftime_now.__closure__[0] }}",
     "{{ ''['__class__'].__mro__ }}",
     "{{ (messages | attr('__class__')).__mro__ }}",
     "{{ '{0.__class__.__init__}'.format(messages) | length + 1 / 0 }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].update(a=1) }}",
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
-    "{{ namespace(a=1)._Namespace__attrs }}",
+    "{{ namespace(a=1)._Namespace__attrs.a }}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}",
     "{{ lipsum(100000) }}",
@@ -94,8 +94,8 @@ def test_time_memory_and_text_are_limited(source: str) -> None:
 def test_mistakes_and_refusals_are_sentences_without_control_characters() -> None:
     with pytest.raises(CheckpointError, match=r"not valid Jinja \(line 2: "):
         render("\n{% if %}")
-    with pytest.raises(CheckpointError, match="refuses this conversation .*roles must alternate"):
-        render("{{ raise_exception('roles must\n\x1b[2Jalternate') }}".replace("\x1b[2J", ""))
+    with pytest.raises(CheckpointError, match=r"refuses this conversation .*roles must alternate"):
+        render("{{ raise_exception('roles must\nalternate') }}")
     with pytest.raises(CheckpointError) as caught:
         render("{{ raise_exception('\x1b[2J' + 'x' * 9999) }}")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
