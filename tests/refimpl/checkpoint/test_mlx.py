@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from refimpl.backends import open_backend
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.inspection import inspect
 from refimpl.checkpoint.mlx import is_mlx_name, mlx_name, unpack
 from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.synth import synthesize
 from refimpl.cli import main
 from refimpl.config import published
+from refimpl.config_io import load_hf_config
+from refimpl.decoding.generate import generate
+from refimpl.decoding.generation import GenerateOptions
 from refimpl.errors import CheckpointError, ConfigError
 from refimpl.inventory import inventory, parameters
 
@@ -179,3 +184,21 @@ def test_scales_that_are_not_finite_are_found(copy: Path) -> None:
     assert done.exit_code == 1
     expected = f"{WEIGHT}: 1 block scales of MLX4_G64 are not finite, the first in row 5"
     assert expected in done.stdout
+
+
+def test_mtp_layers_come_from_the_original_folder(tmp_path: Path) -> None:
+    """mlx-lm drops them; of the original, config.json and the shards of these layers suffice."""
+    config = load_hf_config(FOLDER / "config.json")
+    original = synthesize(config, 12, tmp_path / "hf", max_shard_bytes=30_000)  # its seed
+    index = json.loads((original / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(index.values()) - {f for n, f in index.items() if ".layers.2." in n}:
+        (original / file).unlink()
+    both = open_checkpoint(FOLDER, mtp_path=original)
+    assert both.warnings == ()
+    assert len(both.config.mtp) == 1
+    assert both.stored("q_proj", 0).kind.name == "MLX4_G64"
+    assert both.stored("q_proj", 2).kind.name == "BF16"
+    assert not both.stored("enorm", 2).holds_one_plus
+    model = open_backend(both)
+    made = generate(model, [5, 17, 100, 4], GenerateOptions(max_new_tokens=4, mtp=1))
+    assert made.mtp.drafted > 0
