@@ -7,6 +7,7 @@ nearest even. The forms differ in the order of codes and in what is precomputed:
 
 * `float`: the float32 row itself;
 * `natural`: n codes, n/32 scales, n/32 products of scale and sum of codes (256-bit kernels);
+* `bytes`: the same with 128 added to each code, so that it has no sign (unpacked tiles);
 * the others serve the AVX512 kernels, which read 64 codes at a time in the order in which the
   block format's own codes fall; see `refimpl.engine.kernels512`.
 
@@ -53,9 +54,8 @@ from refimpl.engine.vec import (
     zeros,
 )
 
-FLOAT, NATURAL, QUADS_8, QUADS_16, QUADS_128, QUADS_MIN, PAIRS, SUPER_MIN, SUPER, SUPER_HALVES = (
-    range(10)
-)
+(FLOAT, NATURAL, QUADS_8, QUADS_16, QUADS_128, QUADS_MIN, PAIRS, SUPER_MIN, SUPER, SUPER_HALVES,
+ BYTES) = range(11)  # fmt: skip
 _GROUP = {  # form: (values in a group, bytes of a group)
     QUADS_8: (128, 256),
     QUADS_16: (128, 256),
@@ -77,7 +77,7 @@ _FORM512 = {
     ("super_halves", 128): SUPER_HALVES,
 }
 
-SIGNATURE = types.void(*[types.int64] * 4)
+SIGNATURE = types.void(*[types.int64] * 5)
 
 
 def form_of(simd: Simd, fmt: Format, exact: bool) -> int:
@@ -91,7 +91,7 @@ def form_bytes(form: int, columns: int) -> int:
     """Bytes of a row of `columns` values in that form, a multiple of 64."""
     if form == FLOAT:
         size = 4 * columns
-    elif form == NATURAL:
+    elif form in (NATURAL, BYTES):
         size = columns + columns // 4
     else:
         values, group = _GROUP[form]
@@ -111,25 +111,26 @@ def _padded(columns):
 
 @cache
 def prepare(simd: Simd) -> Any:
-    """The compiled function (row, columns, plan, scratch) that adds the int8 forms to a blob.
+    """The compiled function (row, columns, plan, many, scratch) that adds the int8 forms to a blob.
 
-    `plan` is the address of int64 values: how many forms, then form and offset in the blob of
-    each. `scratch` is memory for `scratch_bytes(columns)`.
+    `plan` is the address of int64 values: how many forms there are for a few rows, how many for
+    many (0 or 1 chooses), then form and offset in the blob of each. `scratch` is memory for
+    `scratch_bytes(columns)`.
     """
     wide = simd.name == "avx512"
 
     @cfunc(SIGNATURE, cache=True, error_model="numpy")
-    def prepare_row(row, columns, plan, scratch):
+    def prepare_row(row, columns, plan, many, scratch):
         simd  # noqa: B018  # part of the cache key
-        count = load_i64(plan)
+        count = load_i64(plan + 8 * many)
         if count == 0:
             return
         _quantise(row, columns, scratch)
         for i in range(count):
-            form = load_i64(plan + 8 + 16 * i)
-            out = row + load_i64(plan + 16 + 16 * i)
+            form = load_i64(plan + 16 + 16 * i)
+            out = row + load_i64(plan + 24 + 16 * i)
             if form == NATURAL:
-                _natural(scratch, columns, out)
+                _natural(scratch, columns, out, np.int8(0))
             if wide:
                 if form == QUADS_8:
                     _quads(scratch, columns, out, -8)
@@ -141,7 +142,9 @@ def prepare(simd: Simd) -> Any:
                     _quads(scratch, columns, out, 0)
                 elif form == PAIRS:
                     _pairs(scratch, columns, out)
-                elif form >= SUPER_MIN:
+                elif form == BYTES:
+                    _natural(scratch, columns, out, np.int8(-128))
+                else:
                     _super(scratch, columns, out, form)
 
     return prepare_row
@@ -187,11 +190,12 @@ def _quantise(row, columns, scratch):
 
 
 @device(types.void)
-def _natural(scratch, columns, out):
+def _natural(scratch, columns, out, flipped):
     padded = _padded(columns)
     scales, sums = scratch + 2 * padded, scratch + 2 * padded + padded // 8
     for block in range(columns // 32):
-        store(out + 32 * block, load(I8x32, scratch + 32 * block))
+        codes = load(I8x32, scratch + 32 * block)
+        store(out + 32 * block, codes ^ splat(I8x32, flipped))
         scale = load_f32(scales + 4 * block)
         store_f32(out + columns + 4 * block, scale)
         total = scale * np.float32(load_i32(sums + 4 * block))

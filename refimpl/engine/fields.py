@@ -28,7 +28,11 @@ class Matrix(IntEnum):
     KERNEL_1 = 7
     KERNEL_2 = 8
     KERNEL_4 = 9
-    SIZE = 10
+    UNPACK = 10  # addresses of tiles.unpacking and tiles.multiplying, or 0
+    MULTIPLY = 11
+    TILE_BYTES = 12  # of 16 unpacked rows
+    TILE_FORM_OFFSET = 13  # where the activations for tiles lie in a blob
+    SIZE = 14
 
 
 class Layer(IntEnum):
@@ -140,7 +144,12 @@ class Step(IntEnum):
     STORE = 52  # addresses of attention.storing and attention.attending
     ATTEND = 53
     PARTS = 54  # ATTENTION_PART, FFN_PART or both
-    SIZE = 55
+    BLOBS = 55  # offsets in a thread's scratch: addresses of a unit's blobs,
+    FIRST_Y = 56  # products of a unit (two lots),
+    SECOND_Y = 57
+    TILES = 58  # unpacked weights,
+    FREE = 59  # and what is left for other uses
+    SIZE = 60
 
 
 ATTENTION_PART, FFN_PART = 1, 2

@@ -16,7 +16,6 @@ import numpy as np
 from numba import types
 
 from refimpl.engine.fields import Layer, Matrix, Step, field, float_field
-from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, add_scaled, fill_zero, vsigmoid
 from refimpl.engine.vec import (
     F32x16,
@@ -31,15 +30,14 @@ from refimpl.engine.vec import (
     store_i64,
 )
 from refimpl.engine.work import (
-    FIRST_Y,
-    FREE,
-    MAX_CHUNK,
-    UNUSED_Y,
     claim,
     claims,
-    product,
-    product_rows,
-    swiglu_rows,
+    gate_and_up,
+    products,
+    set_blob,
+    set_blobs,
+    swiglu_row,
+    unit_rows,
 )
 
 _RENORMALISATION_EPS = np.float32(1e-20)  # as in refimpl.reference.moe
@@ -56,7 +54,7 @@ def select(step, layer, t, mine):
     experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
     logits = field(step, Step.LOGITS) + t * field(step, Step.LOGITS_BYTES)
     bias = field(layer, Layer.ROUTER_BIAS)
-    taken = mine + FREE
+    taken = mine + field(step, Step.FREE)
     for e in range(experts):
         store_i8(taken + e, 0)
     for i in range(0, 4 * experts, 64):  # the rows of logits are padded to 16
@@ -132,9 +130,12 @@ def _place_pairs(pairs, chosen, numbers, starts, ordered, used):
     store_i64(starts, 0)
 
 
-@njit(forceinline=True)
-def _pair(ordered: Any, i: Any, end: Any) -> Any:
-    return load_i64(ordered + 8 * min(i, end - 1))
+@device(types.void)
+def _set_pairs(step, ordered, start, end, x, x_bytes, per_blob, mine):
+    """The blobs of pairs start..end of an expert; a blob serves `per_blob` consecutive pairs."""
+    for i in range(start, end):
+        blob = load_i64(ordered + 8 * i) // per_blob
+        set_blob(step, mine, i - start, x + blob * x_bytes)
 
 
 @device(types.void)
@@ -147,28 +148,24 @@ def expert_swiglu_phase(step, layer, mine):
     ordered = starts + 8 * (experts + 1)
     x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
     y, y_bytes = field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES)
-    width, chunk = field(gate, Matrix.ROWS), field(gate, Matrix.CHUNK)
+    width, chunk = field(gate, Matrix.ROWS), unit_rows(step, gate)
     limit = float_field(layer, Layer.LIMIT)
     per_expert = (width + chunk - 1) // chunk
     units = load_i64(table) * per_expert
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        unit = claim(counter)
+        unit = claim(step, counters, units, mine)
         if unit >= units:
             return
         number, first = unit // per_expert, unit % per_expert * chunk
-        expert = load_i64(table + 8 + 8 * number)
-        gates = field(gate, Matrix.ADDRESS) + expert * field(gate, Matrix.EXPERT_BYTES)
-        ups = field(up, Matrix.ADDRESS) + expert * field(up, Matrix.EXPERT_BYTES)
+        rows = min(chunk, width - first)
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
-        for i in range(start, end, 4):
-            p0, p1 = _pair(ordered, i, end), _pair(ordered, i + 1, end)
-            p2, p3 = _pair(ordered, i + 2, end), _pair(ordered, i + 3, end)
-            swiglu_rows(gate, up, gates, ups, first, min(chunk, width - first), min(4, end - i),
-                        x + p0 // k * x_bytes, x + p1 // k * x_bytes,
-                        x + p2 // k * x_bytes, x + p3 // k * x_bytes,
-                        y + p0 * y_bytes, y + p1 * y_bytes, y + p2 * y_bytes, y + p3 * y_bytes,
-                        limit, mine)  # fmt: skip
+        _set_pairs(step, ordered, start, end, x, x_bytes, k, mine)
+        expert = load_i64(table + 8 + 8 * number)
+        gate_and_up(step, gate, up, expert, first, rows, end - start, mine)
+        for i in range(start, end):
+            to = y + load_i64(ordered + 8 * i) * y_bytes + 4 * first
+            swiglu_row(step, i - start, rows, limit, to, mine)
 
 
 @device(types.void)
@@ -176,27 +173,29 @@ def expert_down_phase(step, layer, mine):
     """h += sum of weighted expert outputs + shared expert; no barrier at the end."""
     down, shared = field(layer, Layer.DOWN), field(layer, Layer.SHARED_DOWN)
     rows, count = field(down, Matrix.ROWS), field(step, Step.ROWS)
-    chunk = field(down, Matrix.CHUNK)
+    chunk = unit_rows(step, down)
+    units = (rows + chunk - 1) // chunk
     h, routed = field(step, Step.H), field(step, Step.ROUTED)
     h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
     xs, xs_bytes = field(step, Step.SHARED_BLOB), field(step, Step.SHARED_BLOB_BYTES)
-    y = mine + FIRST_Y
-    counter = claims(step, mine)
+    y = mine + field(step, Step.FIRST_Y)
+    counters = claims(step, mine)
     while True:
-        first = claim(counter) * chunk
-        if first >= rows:
+        unit = claim(step, counters, units, mine)
+        if unit >= units:
             return
+        first = unit * chunk
         n = min(chunk, rows - first)
         for t in range(count):
             fill_zero(routed + t * h_bytes + 4 * first, n)
         _add_experts(step, down, first, n, mine)
-        for t in range(0, count, 4):
-            m = min(4, count - t)
-            product_rows(shared, first, n, xs + t * xs_bytes, xs_bytes, m, y, 4 * MAX_CHUNK, mine)
-            for i in range(m):
-                at = (t + i) * h_bytes + 4 * first
-                add_rows(routed + at, y + i * 4 * MAX_CHUNK, n)
-                add_rows(h + at, routed + at, n)
+        set_blobs(step, mine, xs, xs_bytes, count)
+        w = field(shared, Matrix.ADDRESS) + first * field(shared, Matrix.ROW_BYTES)
+        products(step, shared, w, n, count, y, 4 * n, mine)
+        for t in range(count):
+            at = t * h_bytes + 4 * first
+            add_rows(routed + at, y + t * 4 * n, n)
+            add_rows(h + at, routed + at, n)
 
 
 @device(types.void)
@@ -209,18 +208,14 @@ def _add_experts(step, down, first, n, mine):
     x, x_bytes = field(step, Step.HIDDEN_BLOB), field(step, Step.HIDDEN_BLOB_BYTES)
     routed = field(step, Step.ROUTED) + 4 * first
     h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
-    y = mine + FIRST_Y
+    y = mine + field(step, Step.FIRST_Y)
     for number in range(load_i64(table)):
         w = field(down, Matrix.ADDRESS) + first * field(down, Matrix.ROW_BYTES)
         w += load_i64(table + 8 + 8 * number) * field(down, Matrix.EXPERT_BYTES)
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
-        for i in range(start, end, 4):
-            p0, p1 = _pair(ordered, i, end), _pair(ordered, i + 1, end)
-            p2, p3 = _pair(ordered, i + 2, end), _pair(ordered, i + 3, end)
-            m = min(4, end - i)
-            product(down, w, n, m, x + p0 * x_bytes, x + p1 * x_bytes, x + p2 * x_bytes,
-                    x + p3 * x_bytes, y, 4 * MAX_CHUNK, mine + UNUSED_Y)  # fmt: skip
-            for j in range(m):
-                pair = _pair(ordered, i + j, end)
-                to = routed + pair // k * h_bytes
-                add_scaled(to, y + j * 4 * MAX_CHUNK, load_f32(weights + 4 * pair), n)
+        _set_pairs(step, ordered, start, end, x, x_bytes, 1, mine)
+        products(step, down, w, n, end - start, y, 4 * n, mine)
+        for i in range(start, end):
+            pair = load_i64(ordered + 8 * i)
+            weight = load_f32(weights + 4 * pair)
+            add_scaled(routed + pair // k * h_bytes, y + (i - start) * 4 * n, weight, n)

@@ -17,13 +17,14 @@ from refimpl.engine.attention import KvType, attending, state_bytes, storing
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Step, float_bits
 from refimpl.engine.files import MappedFile
-from refimpl.engine.memory import Bytes, address, require_memory, round_up, zeroed
+from refimpl.engine.memory import ALIGNMENT, Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
 from refimpl.engine.records import LayerRecord, Records, Site, layer_record
 from refimpl.engine.simd import Simd
 from refimpl.engine.step import CLAIMS_PER_LAYER, runner
 from refimpl.engine.threads import Team
-from refimpl.engine.work import CLAIM_BYTES, FREE
+from refimpl.engine.tiles import tile_bytes
+from refimpl.engine.work import CLAIM_BYTES, MANY, MAX_CHUNK, SCRATCH_HEADER, TILED_CHUNK
 from refimpl.reference.rope import angles, frequencies
 
 
@@ -217,7 +218,7 @@ class Program:
             Step.LOGITS_BYTES: 4 * round_up(experts, 16),
             Step.HIDDEN_BLOB_BYTES: hidden,
             Step.SHARED_BLOB_BYTES: max((s.blob_bytes for s in shared), default=0),
-            Step.SCRATCH_BYTES: round_up(FREE + free, 4096),
+            Step.SCRATCH_BYTES: self._scratch_layout(columns, free),
         }
         for number, size in per_row.items():
             step[number] = size
@@ -237,7 +238,7 @@ class Program:
             Step.SHARED_BLOB: t * per_row[Step.SHARED_BLOB_BYTES],
             Step.ROUTED: t * 4 * c.hidden_size,
             Step.SCRATCH: self._team.size * per_row[Step.SCRATCH_BYTES],
-            Step.CLAIMS: CLAIM_BYTES * (CLAIMS_PER_LAYER * c.num_layers + 16),
+            Step.CLAIMS: CLAIM_BYTES * self._team.size * (CLAIMS_PER_LAYER * c.num_layers + 16),
         }
         require_memory(sum(wanted.values()), f"working memory for {t} rows at once")
         parts = {number: zeroed(size) for number, size in wanted.items()}
@@ -250,6 +251,18 @@ class Program:
             [zeroed(4 * t * len(f)).view(np.float32).reshape(t, len(f)) for f in self._freqs]
             for _ in range(2)
         ]
+
+    def _scratch_layout(self, columns: int, free: int) -> int:
+        """Where the parts of a thread's scratch memory begin; its size, whole pages."""
+        y_bytes = 4 * max(MAX_CHUNK * MANY, TILED_CHUNK * self._max_rows)
+        tiles = 2 * tile_bytes("super", columns) if self._records.tiled else 0
+        at = SCRATCH_HEADER
+        for number, size in ((Step.BLOBS, 8 * self._max_rows), (Step.FIRST_Y, y_bytes),
+                             (Step.SECOND_Y, y_bytes), (Step.TILES, tiles),
+                             (Step.FREE, free)):  # fmt: skip
+            self._step[number] = at
+            at = round_up(at + size, ALIGNMENT)
+        return round_up(at, 4096)
 
     def _fixed_fields(self, simd: Simd, kv: KvType) -> None:
         c, step = self._config, self._step

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import LayerSpec
-from refimpl.engine.activations import FLOAT, form_bytes, form_of
+from refimpl.engine.activations import BYTES, FLOAT, form_bytes, form_of
 from refimpl.engine.faults import unwatch, watch
 from refimpl.engine.fields import Layer, Matrix, float_bits
 from refimpl.engine.files import MappedFile
@@ -27,6 +27,7 @@ from refimpl.engine.formats import FORMATS, SUB_BLOCK
 from refimpl.engine.kernels import PLAIN, kernel
 from refimpl.engine.memory import address
 from refimpl.engine.simd import Simd
+from refimpl.engine.tiles import multiplying, tile_bytes, unpacking
 from refimpl.engine.work import MAX_CHUNK
 from refimpl.errors import CheckpointError, InputError
 
@@ -53,10 +54,14 @@ class Records:
 
     Args:
         exact: float32 activations everywhere.
+
+    Attributes:
+        tiled: whether products with many rows of activations go by way of unpacked weights.
     """
 
     def __init__(self, source: StoredSource, simd: Simd, exact: bool) -> None:
         self.source, self._simd, self._exact = source, simd, exact
+        self.tiled = simd.name == "avx512" and not exact
         self._kept: list[Any] = []
         self.files: dict[int, MappedFile] = {}
 
@@ -90,9 +95,10 @@ class Records:
 
     def site(self, columns: int, keys: Iterable[str], layer: int | None) -> Site:
         """The forms that the named matrices need of their common input rows."""
-        forms = {self._form(self._tensor(key, layer)) for key in keys} - {FLOAT}
-        plan, at = [len(forms)], form_bytes(FLOAT, columns)
-        for form in sorted(forms):
+        forms = sorted({self._form(self._tensor(key, layer)) for key in keys} - {FLOAT})
+        tiled = [BYTES] if forms and self.tiled else []
+        plan, at = [len(forms), len(forms + tiled)], form_bytes(FLOAT, columns)
+        for form in forms + tiled:
             plan += [form, at]
             at += form_bytes(form, columns)
         made = np.array(plan, dtype=np.int64)
@@ -110,8 +116,9 @@ class Records:
         record[Matrix.ROW_BYTES] = row_bytes
         record[Matrix.EXPERT_BYTES] = rows * row_bytes if stack else 0
         form = self._form(tensor)
-        plan = site.plan[1:].tolist()
-        record[Matrix.FORM_OFFSET] = dict(zip(plan[::2], plan[1::2], strict=True)).get(form, 0)
+        plan = site.plan[2:].tolist()
+        offsets = dict(zip(plan[::2], plan[1::2], strict=True))
+        record[Matrix.FORM_OFFSET] = offsets.get(form, 0)
         chunk = min(_UNIT_BYTES // row_bytes, -(-rows // _UNITS), MAX_CHUNK)
         record[Matrix.CHUNK] = max(16, chunk // 16 * 16)
         exact = self._exact or key == "router"
@@ -119,6 +126,12 @@ class Records:
         record[Matrix.KERNEL_1] = kernel(self._simd, name, 1, exact).address
         record[Matrix.KERNEL_2] = kernel(self._simd, name, 2, exact).address
         record[Matrix.KERNEL_4] = kernel(self._simd, name, 4, exact).address
+        if form != FLOAT and self.tiled:
+            fmt = FORMATS[name]
+            record[Matrix.UNPACK] = unpacking(self._simd, fmt).address
+            record[Matrix.MULTIPLY] = multiplying(self._simd, fmt).address
+            record[Matrix.TILE_BYTES] = tile_bytes(fmt.kind512, columns)
+            record[Matrix.TILE_FORM_OFFSET] = offsets[BYTES]
         return address(record)
 
     def _form(self, tensor: StoredTensor) -> int:

@@ -34,7 +34,6 @@ from refimpl.engine.simd import Simd
 from refimpl.engine.sync import call_address
 from refimpl.engine.vec import device, load_i64, store_i64
 from refimpl.engine.work import (
-    FREE,
     adding_phase,
     begin,
     claim,
@@ -60,7 +59,7 @@ def runner(simd: Simd) -> Any:
     def run(step, thread):
         simd  # noqa: B018  # part of the cache key
         mine = scratch_of(step, thread)
-        begin(mine)
+        begin(mine, thread)
         # Read before the last barrier: after it the record may already describe the next step.
         head, parts = field(step, Step.HEAD), field(step, Step.PARTS)
         if field(step, Step.EMBEDDED):
@@ -86,9 +85,9 @@ def _norm_phase(step, mine, x, x_bytes, scale, plan, count):
     """Normed rows and their forms into the blobs, barrier included."""
     size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
     blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        t = claim(counter)
+        t = claim(step, counters, count, mine)
         if t >= count:
             break
         rms_norm(x + t * x_bytes, scale, size, eps, blob + t * blob_bytes)
@@ -102,9 +101,9 @@ def _mtp_input(step, mine):
     size, eps = field(step, Step.HIDDEN_SIZE), float_field(step, Step.EPS)
     blob, blob_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
     h, embedded, count = field(step, Step.H), field(step, Step.EMBEDDED), field(step, Step.ROWS)
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        t = claim(counter)
+        t = claim(step, counters, count, mine)
         if t >= count:
             break
         row = blob + t * blob_bytes
@@ -161,9 +160,9 @@ def _positions(step, layer, cache, mine, count):
     rope, slots = field(layer, Layer.ROPE), field(cache, Kv.SLOTS)
     cos = load_i64(field(step, Step.COS) + 8 * rope)
     sin = load_i64(field(step, Step.SIN) + 8 * rope)
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        unit = claim(counter)
+        unit = claim(step, counters, count * groups, mine)
         if unit >= count * groups:
             return
         t, g = unit // groups, unit % groups
@@ -189,9 +188,9 @@ def _heads(step, layer, cache, mine, count):
     heads, window = field(layer, Layer.HEADS) // groups, field(layer, Layer.WINDOW)
     slots, start = field(cache, Kv.SLOTS), field(step, Step.START)
     blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        unit = claim(counter)
+        unit = claim(step, counters, count * groups, mine)
         if unit >= count * groups:
             return
         t, g = unit // groups, unit % groups
@@ -210,7 +209,7 @@ def _heads(step, layer, cache, mine, count):
                 last,
                 field(step, Step.GATES) + t * field(step, Step.GATE_BYTES) + at,
                 blob + t * blob_bytes + at * lanes,
-                mine + FREE,
+                mine + field(step, Step.FREE),
             ),
         )
 
@@ -249,9 +248,9 @@ def _moe(step, layer, mine, thread):
                  x, x_bytes, count, shared, shared_bytes,
                  float_field(layer, Layer.LIMIT_SHARED))  # fmt: skip
     wait(step, mine)
-    counter = claims(step, mine)
+    counters = claims(step, mine)
     while True:
-        t = claim(counter)
+        t = claim(step, counters, count, mine)
         if t >= count:
             break
         select(step, layer, t, mine)

@@ -1,9 +1,10 @@
-"""How threads share the work of a step: phases, units, products of a few rows.
+"""How threads share the work of a step: phases, units, products with many blobs.
 
-A step is a sequence of phases. In each, threads claim units from the phase's counter until none
-is left; `wait` ends it. Every thread passes through the same phases in the same order; what it
-needs to remember lies at the start of its scratch memory. Which thread computes a unit has no
-influence on the result.
+A step is a sequence of phases. In each, the units of work lie in a row, and every thread begins
+with a stretch of its own, so that it reads weights from one end to the other; when its stretch is
+done, it takes units from the others'. `wait` ends the phase. Every thread passes through the same
+phases in the same order; what it needs to remember lies at the start of its scratch memory. Which
+thread computes a unit has no influence on the result.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from refimpl.engine.fields import Matrix, Step, field
 from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, swiglu
 from refimpl.engine.sync import barrier, call_address, fetch_add
+from refimpl.engine.tiles import TILE_ROWS, TILE_TOKENS
 from refimpl.engine.vec import device, load_i64, store_i64
 
 MAX_CHUNK = 256
 """Most rows of one unit."""
+MANY = 8
+"""Rows of activations from which on weights are unpacked into tiles."""
+TILED_CHUNK = 32
+"""Rows of one unit in a step of so many rows."""
 CLAIM_BYTES = 64
-_Y_BYTES = 4 * 4 * MAX_CHUNK
+"""Of one thread's counter; a phase has one for each thread."""
 
 
 class Mine(IntEnum):
@@ -31,12 +37,13 @@ class Mine(IntEnum):
 
     CLAIM = 0
     BARRIER = 1
+    THREAD = 2
+    VICTIM = 3  # whose units are taken: this many threads further on
 
 
-FIRST_Y, SECOND_Y = 64, 64 + _Y_BYTES
-UNUSED_Y = 64 + 2 * _Y_BYTES
-FREE = UNUSED_Y + 4 * MAX_CHUNK
-"""Where a thread's scratch memory is free for other uses."""
+UNUSED_Y = 64
+SCRATCH_HEADER = UNUSED_Y + 4 * MAX_CHUNK
+"""Where a thread's scratch memory is free for what `Step` gives offsets of."""
 
 
 @njit(forceinline=True)
@@ -46,24 +53,39 @@ def scratch_of(step: Any, thread: Any) -> Any:
 
 
 @njit(forceinline=True)
-def begin(mine: Any) -> None:
+def begin(mine: Any, thread: Any) -> None:
     """Start a step."""
-    store_i64(mine, 0)
-    store_i64(mine + 8, 0)
+    _set(mine, Mine.CLAIM, 0)
+    _set(mine, Mine.BARRIER, 0)
+    _set(mine, Mine.THREAD, thread)
+
+
+@njit(forceinline=True)
+def _set(mine, number, value):
+    store_i64(mine + 8 * np.int64(number), value)
 
 
 @njit(forceinline=True)
 def claims(step: Any, mine: Any) -> Any:
-    """The counter of the next set of units."""
-    number = load_i64(mine)
-    store_i64(mine, number + 1)
-    return field(step, Step.CLAIMS) + number * CLAIM_BYTES
+    """The counters of the next set of units."""
+    number = field(mine, Mine.CLAIM)
+    _set(mine, Mine.CLAIM, number + 1)
+    _set(mine, Mine.VICTIM, 0)
+    return field(step, Step.CLAIMS) + number * field(step, Step.THREADS) * CLAIM_BYTES
 
 
-@njit(forceinline=True)
-def claim(counter: Any) -> Any:
-    """The next unit that nobody has taken."""
-    return fetch_add(counter, np.int64(1))
+@device(types.int64)
+def claim(step, counters, total, mine):
+    """The next of `total` units that nobody has taken, or `total` if there is none."""
+    threads, me = field(step, Step.THREADS), field(mine, Mine.THREAD)
+    for ahead in range(field(mine, Mine.VICTIM), threads):
+        owner = (me + ahead) % threads
+        first, stop = owner * total // threads, (owner + 1) * total // threads
+        unit = first + fetch_add(counters + owner * CLAIM_BYTES, np.int64(1))
+        if unit < stop:
+            return unit
+        _set(mine, Mine.VICTIM, ahead + 1)
+    return total
 
 
 @device(types.void)
@@ -71,138 +93,178 @@ def wait(step, mine):
     """End a phase: return when every thread has come here."""
     threads = field(step, Step.THREADS)
     if threads > 1:
-        number = load_i64(mine + 8) + 1
-        store_i64(mine + 8, number)
+        number = field(mine, Mine.BARRIER) + 1
+        _set(mine, Mine.BARRIER, number)
         barrier(field(step, Step.BARRIER), field(step, Step.BARRIER_BASE) + threads * number)
 
 
 @njit(forceinline=True)
 def prepare_row(step: Any, row: Any, columns: Any, plan: Any, mine: Any) -> None:
-    """Add a blob's int8 forms."""
-    if load_i64(plan) > 0:
-        call_address(field(step, Step.PREPARE), (row, columns, plan, mine + FREE))
+    """Add a blob's int8 forms; those for tiles only if there are many rows."""
+    many = np.int64(field(step, Step.ROWS) >= MANY)
+    if load_i64(plan + 8 * many) > 0:
+        free = mine + field(step, Step.FREE)
+        call_address(field(step, Step.PREPARE), (row, columns, plan, many, free))
+
+
+@njit(forceinline=True)
+def unit_rows(step: Any, matrix: Any) -> Any:
+    """Rows of one unit of a matrix."""
+    if field(step, Step.ROWS) >= MANY:
+        return np.int64(TILED_CHUNK)
+    return field(matrix, Matrix.CHUNK)
+
+
+@njit(forceinline=True)
+def set_blob(step: Any, mine: Any, i: Any, address: Any) -> None:
+    """The i-th blob of the products to come."""
+    store_i64(mine + field(step, Step.BLOBS) + 8 * i, address)
+
+
+@njit(forceinline=True)
+def set_blobs(step: Any, mine: Any, x: Any, x_bytes: Any, count: Any) -> None:
+    """`count` consecutive blobs for the products to come."""
+    for i in range(count):
+        set_blob(step, mine, i, x + i * x_bytes)
 
 
 @device(types.void)
-def product(matrix, weights, rows, count, x0, x1, x2, x3, y, y_bytes, unused):
-    """y_m[0..rows) = weights x_m for m < count <= 4; x are blobs, y_bytes the way to the next y."""
-    offset = field(matrix, Matrix.FORM_OFFSET)
-    kernel = field(matrix, Matrix.KERNEL_4)
-    if count == 1:
-        kernel = field(matrix, Matrix.KERNEL_1)
-    elif count == 2:
-        kernel = field(matrix, Matrix.KERNEL_2)
-    y3 = y + 3 * y_bytes if count == 4 else unused
-    call_address(
-        kernel,
-        (
-            weights,
-            field(matrix, Matrix.ROW_BYTES),
-            rows,
-            field(matrix, Matrix.COLUMNS),
-            x0 + offset,
-            x1 + offset,
-            x2 + offset,
-            x3 + offset,
-            y,
-            y + y_bytes,
-            y + 2 * y_bytes,
-            y3,
-        ),
-    )
+def products(step, matrix, weights, rows, count, y, y_bytes, mine):
+    """y_i[0..rows) = weights x_i for the first `count` blobs that were set; y_bytes is the way from
+    one y to the next."""
+    if field(matrix, Matrix.UNPACK) and count >= MANY:
+        whole = rows // TILE_ROWS * TILE_ROWS
+        _tiled(step, matrix, weights, whole, count, y, y_bytes, mine)
+        weights += whole * field(matrix, Matrix.ROW_BYTES)
+        y += 4 * whole
+        rows -= whole
+    if rows > 0:
+        _in_place(step, matrix, weights, rows, count, y, y_bytes, mine)
 
 
 @device(types.void)
-def product_rows(matrix, first, rows, x, x_bytes, count, y, y_bytes, mine):
-    """Rows first..first+rows of a matrix times `count` consecutive blobs, four at a time."""
-    weights = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
-    for t in range(0, count, 4):
-        n = min(4, count - t)
-        at = x + t * x_bytes
-        product(matrix, weights, rows, n, at, at + min(1, n - 1) * x_bytes,
-                at + min(2, n - 1) * x_bytes, at + min(3, n - 1) * x_bytes,
-                y + t * y_bytes, y_bytes, mine + UNUSED_Y)  # fmt: skip
+def _in_place(step, matrix, weights, rows, count, y, y_bytes, mine):
+    """Products four blobs at a time, each with the bits it has alone."""
+    blobs, offset = mine + field(step, Step.BLOBS), field(matrix, Matrix.FORM_OFFSET)
+    row_bytes, columns = field(matrix, Matrix.ROW_BYTES), field(matrix, Matrix.COLUMNS)
+    for i in range(0, count, 4):
+        n = min(4, count - i)
+        kernel = field(matrix, Matrix.KERNEL_4)
+        if n == 1:
+            kernel = field(matrix, Matrix.KERNEL_1)
+        elif n == 2:
+            kernel = field(matrix, Matrix.KERNEL_2)
+        x0, x1 = load_i64(blobs + 8 * i), load_i64(blobs + 8 * (i + min(1, n - 1)))
+        x2 = load_i64(blobs + 8 * (i + min(2, n - 1)))
+        x3 = load_i64(blobs + 8 * (i + min(3, n - 1)))
+        y0 = y + i * y_bytes
+        y3 = y0 + 3 * y_bytes if n == 4 else mine + UNUSED_Y
+        call_address(kernel, (weights, row_bytes, rows, columns, x0 + offset, x1 + offset,
+                              x2 + offset, x3 + offset, y0, y0 + y_bytes, y0 + 2 * y_bytes,
+                              y3))  # fmt: skip
+
+
+@device(types.void)
+def _tiled(step, matrix, weights, rows, count, y, y_bytes, mine):
+    """Products by way of unpacked weights, two tiles of 16 rows at a time."""
+    blobs, tiles = mine + field(step, Step.BLOBS), mine + field(step, Step.TILES)
+    row_bytes, columns = field(matrix, Matrix.ROW_BYTES), field(matrix, Matrix.COLUMNS)
+    tile_bytes, offset = field(matrix, Matrix.TILE_BYTES), field(matrix, Matrix.TILE_FORM_OFFSET)
+    unpack, multiply = field(matrix, Matrix.UNPACK), field(matrix, Matrix.MULTIPLY)
+    for first in range(0, rows, 2 * TILE_ROWS):
+        number = min(rows - first, 2 * TILE_ROWS) // TILE_ROWS
+        for tile in range(number):
+            w = weights + (first + tile * TILE_ROWS) * row_bytes
+            call_address(unpack, (w, row_bytes, columns, tiles + tile * tile_bytes))
+        for i in range(0, count, TILE_TOKENS):
+            n = min(TILE_TOKENS, count - i)
+            for tile in range(number):
+                unpacked, to = tiles + tile * tile_bytes, y + 4 * (first + tile * TILE_ROWS)
+                call_address(
+                    multiply,
+                    (unpacked, columns, blobs + 8 * i, n, offset, to + i * y_bytes, y_bytes),
+                )
 
 
 @device(types.void)
 def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):
     """All rows of a matrix times `count` blobs; no barrier at the end."""
-    counter = claims(step, mine)
-    rows, chunk = field(matrix, Matrix.ROWS), field(matrix, Matrix.CHUNK)
+    rows, chunk = field(matrix, Matrix.ROWS), unit_rows(step, matrix)
+    counters, units = claims(step, mine), (rows + chunk - 1) // chunk
+    set_blobs(step, mine, x, x_bytes, count)
     while True:
-        first = claim(counter) * chunk
-        if first >= rows:
+        unit = claim(step, counters, units, mine)
+        if unit >= units:
             return
-        n = min(chunk, rows - first)
-        product_rows(matrix, first, n, x, x_bytes, count, y + 4 * first, y_bytes, mine)
+        first = unit * chunk
+        w = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
+        products(step, matrix, w, min(chunk, rows - first), count, y + 4 * first, y_bytes, mine)
 
 
 @device(types.void)
 def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):
     """h += matrix x for `count` blobs; no barrier at the end."""
-    counter = claims(step, mine)
-    rows, chunk = field(matrix, Matrix.ROWS), field(matrix, Matrix.CHUNK)
+    rows, chunk = field(matrix, Matrix.ROWS), unit_rows(step, matrix)
+    counters, units = claims(step, mine), (rows + chunk - 1) // chunk
+    set_blobs(step, mine, x, x_bytes, count)
+    y = mine + field(step, Step.FIRST_Y)
     while True:
-        first = claim(counter) * chunk
-        if first >= rows:
+        unit = claim(step, counters, units, mine)
+        if unit >= units:
             return
+        first = unit * chunk
         n = min(chunk, rows - first)
-        for t in range(0, count, 4):
-            m = min(4, count - t)
-            product_rows(matrix, first, n, x + t * x_bytes, x_bytes, m, mine + FIRST_Y,
-                         4 * MAX_CHUNK, mine)  # fmt: skip
-            for i in range(m):
-                to = h + (t + i) * h_bytes + 4 * first
-                add_rows(to, mine + FIRST_Y + i * 4 * MAX_CHUNK, n)
+        w = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
+        products(step, matrix, w, n, count, y, 4 * chunk, mine)
+        for i in range(count):
+            add_rows(h + i * h_bytes + 4 * first, y + i * 4 * chunk, n)
 
 
 @device(types.void)
-def swiglu_rows(gate, up, gate_weights, up_weights, first, rows, count, x0, x1, x2, x3,
-                y0, y1, y2, y3, limit, mine):  # fmt: skip
-    """Rows first..first+rows of the SwiGLU products of up to four blobs, put at y_m + 4 first."""
-    g = gate_weights + first * field(gate, Matrix.ROW_BYTES)
-    u = up_weights + first * field(up, Matrix.ROW_BYTES)
-    size = 4 * MAX_CHUNK
-    product(gate, g, rows, count, x0, x1, x2, x3, mine + FIRST_Y, size, mine + UNUSED_Y)
-    product(up, u, rows, count, x0, x1, x2, x3, mine + SECOND_Y, size, mine + UNUSED_Y)
-    swiglu(mine + FIRST_Y, mine + SECOND_Y, rows, limit, y0 + 4 * first)
-    if count > 1:
-        swiglu(mine + FIRST_Y + size, mine + SECOND_Y + size, rows, limit, y1 + 4 * first)
-    if count > 2:
-        swiglu(mine + FIRST_Y + 2 * size, mine + SECOND_Y + 2 * size, rows, limit, y2 + 4 * first)
-    if count > 3:
-        swiglu(mine + FIRST_Y + 3 * size, mine + SECOND_Y + 3 * size, rows, limit, y3 + 4 * first)
+def gate_and_up(step, gate, up, expert, first, rows, count, mine):
+    """Products of rows first..first+rows of an expert's two matrices with the blobs that were set,
+    `rows` apart in the two lots of scratch."""
+    g = field(gate, Matrix.ADDRESS) + expert * field(gate, Matrix.EXPERT_BYTES)
+    u = field(up, Matrix.ADDRESS) + expert * field(up, Matrix.EXPERT_BYTES)
+    g += first * field(gate, Matrix.ROW_BYTES)
+    u += first * field(up, Matrix.ROW_BYTES)
+    products(step, gate, g, rows, count, mine + field(step, Step.FIRST_Y), 4 * rows, mine)
+    products(step, up, u, rows, count, mine + field(step, Step.SECOND_Y), 4 * rows, mine)
+
+
+@device(types.void)
+def swiglu_row(step, i, rows, limit, to, mine):
+    """The SwiGLU product of the i-th of the rows that `gate_and_up` has left."""
+    at = i * 4 * rows
+    first, second = mine + field(step, Step.FIRST_Y) + at, mine + field(step, Step.SECOND_Y) + at
+    swiglu(first, second, rows, limit, to)
 
 
 @device(types.void)
 def swiglu_phase(step, mine, gate, up, x, x_bytes, count, y, y_bytes, limit):
     """SwiGLU products of `count` consecutive blobs; no barrier at the end."""
-    counter = claims(step, mine)
-    width, chunk = field(gate, Matrix.ROWS), field(gate, Matrix.CHUNK)
-    gate_weights, up_weights = field(gate, Matrix.ADDRESS), field(up, Matrix.ADDRESS)
+    width, chunk = field(gate, Matrix.ROWS), unit_rows(step, gate)
+    counters, units = claims(step, mine), (width + chunk - 1) // chunk
+    set_blobs(step, mine, x, x_bytes, count)
     while True:
-        first = claim(counter) * chunk
-        if first >= width:
+        unit = claim(step, counters, units, mine)
+        if unit >= units:
             return
+        first = unit * chunk
         rows = min(chunk, width - first)
-        for t in range(0, count, 4):
-            n = min(4, count - t)
-            a, b = x + t * x_bytes, y + t * y_bytes
-            swiglu_rows(gate, up, gate_weights, up_weights, first, rows, n,
-                        a, a + min(1, n - 1) * x_bytes, a + min(2, n - 1) * x_bytes,
-                        a + min(3, n - 1) * x_bytes,
-                        b, b + y_bytes, b + 2 * y_bytes, b + 3 * y_bytes,
-                        limit, mine)  # fmt: skip
+        gate_and_up(step, gate, up, 0, first, rows, count, mine)
+        for i in range(count):
+            swiglu_row(step, i, rows, limit, y + i * y_bytes + 4 * first, mine)
 
 
 @device(types.void)
 def prepare_phase(step, mine, x, x_bytes, count, columns, plan):
     """Add the int8 forms to `count` blobs; no barrier at the end."""
-    counter = claims(step, mine)
-    if load_i64(plan) == 0:
+    counters = claims(step, mine)
+    if load_i64(plan + 8) == 0:
         return
     while True:
-        t = claim(counter)
+        t = claim(step, counters, count, mine)
         if t >= count:
             return
         prepare_row(step, x + t * x_bytes, columns, plan, mine)

@@ -139,6 +139,11 @@ def _dot(builder: Any, name: str, kind: VecType, args: list[Any]) -> Any:
     return call(builder, name, kind.llvm, args)
 
 
+def emit_dot(builder: Any, acc: Any, unsigned: Any, signed: Any) -> Any:
+    """`dot64` as an LLVM value."""
+    return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16, [acc, unsigned, signed])
+
+
 @intrinsic
 def insert_high16(typingctx, value, address):
     """`value` with its last 16 bytes replaced by those at `address`."""

@@ -33,10 +33,10 @@ def blobs(x: np.ndarray, form: int, simd_name: str) -> list[np.ndarray]:
         blob = zeroed(at + form_bytes(form, n))
         blob[: 4 * n] = np.ascontiguousarray(row, np.float32).view(np.uint8)
         if form != FLOAT:
-            plan = np.array([1, form, at], dtype=np.int64)
+            plan = np.array([1, 1, form, at], dtype=np.int64)
             scratch = zeroed(scratch_bytes(n))
             function = prepare(choose_simd(simd_name)).ctypes
-            function(address(blob), n, address(plan), address(scratch))
+            function(address(blob), n, address(plan), 0, address(scratch))
             blob = blob[at:]
         made.append(blob)
     return made

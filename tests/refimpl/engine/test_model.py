@@ -25,6 +25,20 @@ def logits_of(model: EngineModel | ReferenceModel, ids: list[int]) -> np.ndarray
     return model.prefill(ids, model.new_cache(len(ids)), all_logits=True).logits
 
 
+def in_chunks(model: EngineModel, ids: list[int], sizes: list[int]) -> np.ndarray:
+    """Logits (T, V), the prompt cut into pieces; those of up to 4 are decoded."""
+    cache, at, parts = model.new_cache(len(ids)), 0, []
+    for size in sizes:
+        piece = ids[at : at + size]
+        at += size
+        if len(piece) > 4 or size == 3:
+            parts.append(model.prefill(piece, cache, all_logits=True).logits)
+        elif piece:
+            parts.append(model.decode(piece, cache).logits)
+    assert cache.length == len(ids)
+    return np.concatenate(parts)
+
+
 def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
@@ -65,22 +79,33 @@ def test_kv_types_round_keys_and_values_only(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_same_bits_for_any_chunking_threads_and_ring(
+def test_same_bits_for_any_small_chunks_threads_and_ring(
     engine: Engine, prompt: Prompt, preset: str
 ) -> None:
-    """Decode and prefill share one arithmetic: chunks of 1..4 rows are what `decode` runs."""
+    """Rows of a verification have the bits of plain decoding; so have prompts in small chunks."""
     ids = prompt(60)
     model = engine(preset, "q4_0")
+    expected = in_chunks(model, ids, [1] * 60)
+    np.testing.assert_array_equal(in_chunks(model, ids, [4, 2, 3, 1, 7, 4, 4] * 3), expected)
     whole = logits_of(model, ids)
-    cache, at, parts = model.new_cache(64), 0, []
-    for size in (7, 1, 4, 3, 2, 20, 23):
-        run = model.decode(ids[at : at + size], cache) if size <= 4 else None
-        step = run or model.prefill(ids[at : at + size], cache, all_logits=True)
-        parts.append(step.logits)
-        at += size
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    for options in ({"threads": 1}, {"threads": 3}, {"ring": False}, {"micro_batch": 9}):
-        np.testing.assert_array_equal(logits_of(engine(preset, "q4_0", **options), ids), whole)
+    for options in ({"threads": 1}, {"threads": 3}, {"ring": False}):
+        other = engine(preset, "q4_0", **options)
+        np.testing.assert_array_equal(in_chunks(other, ids, [1] * 60), expected)
+        np.testing.assert_array_equal(logits_of(other, ids), whole)
+
+
+@pytest.mark.parametrize("file_type", ["q4_0", "q4_k_s", "q8_0"])
+def test_chunks_of_many_rows_differ_by_the_order_of_sums_only(
+    engine: Engine, prompt: Prompt, file_type: str
+) -> None:
+    """Where no choice of experts can flip: the last bits of sums turn some roundings to int8 the
+    other way, which costs less than the int8 activations themselves (0.03)."""
+    ids, model = prompt(60), engine("tiny_b", file_type)
+    ones = in_chunks(model, ids, [1] * 60)
+    for sizes in ([60], [7, 9, 8, 20, 16], [32, 28]):
+        assert rms(in_chunks(model, ids, sizes) - ones) < 0.02 * rms(ones)
+    exact = engine("tiny_b", file_type, exact=True)
+    np.testing.assert_array_equal(logits_of(exact, ids), in_chunks(exact, ids, [7, 1, 4, 20, 28]))
 
 
 def test_a_full_ring_goes_on_like_a_full_cache(engine: Engine, prompt: Prompt) -> None:
@@ -88,7 +113,8 @@ def test_a_full_ring_goes_on_like_a_full_cache(engine: Engine, prompt: Prompt) -
     ids = prompt(120)
     ring, full = engine("tiny_a", "q8_0", micro_batch=9), engine("tiny_a", "q8_0", ring=False)
     assert ring.cache_bytes(512) < full.cache_bytes(512)
-    np.testing.assert_array_equal(logits_of(ring, ids), logits_of(full, ids))
+    pieces = [7] * 17 + [1]
+    np.testing.assert_array_equal(in_chunks(ring, ids, pieces), in_chunks(full, ids, pieces))
 
 
 def test_positions_beyond_one_split_of_the_softmax(engine: Engine, reference: Reference) -> None:
@@ -104,7 +130,7 @@ def test_positions_beyond_one_split_of_the_softmax(engine: Engine, reference: Re
 def test_rollback_undoes_rejected_drafts(engine: Engine, prompt: Prompt) -> None:
     ids = prompt(40)
     model = engine("tiny_a", "q8_0")
-    plain = logits_of(model, ids)
+    plain = in_chunks(model, ids, [30] + [1] * 10)
     cache = model.new_cache(64)
     model.prefill(ids[:30], cache)
     wrong = [(i + 1) % 320 for i in ids[31:34]]
@@ -147,7 +173,7 @@ def test_old_rows_are_dropped_before_drafting_without_changing_the_drafts(
     engine: Engine, prompt: Prompt
 ) -> None:
     """Three layers with windows of 16: what lies 3 windows back is not computed."""
-    model, ids = engine("tiny_a", "q8_0"), prompt(120)
+    model, ids = engine("tiny_a", "q8_0", exact=True), prompt(120)
     logits: list[list[np.ndarray]] = []
     for steps in ((120,), (10,) * 12):
         cache, at, seen = model.new_cache(128), 0, []
