@@ -18,6 +18,7 @@ def serve(session: ChatSession) -> int:
 
     Raises:
         InputError: stdin is closed.
+        KeyboardInterrupt: Ctrl-C, after the line of the answer that it stopped.
     """
     if sys.stdin is None:
         raise InputError("stdin is closed; nothing can be said")
@@ -32,6 +33,8 @@ def serve(session: ChatSession) -> int:
             made = {"error": " ".join(str(error).splitlines())}
         if made is not None:
             click.echo(json.dumps(made, allow_nan=False))
+            if made.get("finish_reason") == "interrupted":
+                raise KeyboardInterrupt
     return bad
 
 

@@ -209,7 +209,11 @@ def unanswered(session: ChatSession) -> list[dict[str, Any]]:
 
 
 def answer(session: ChatSession, screen: Screen) -> Turn:
-    """The model's answer, shown as it comes; Ctrl-C stops it, a second Ctrl-C at once."""
+    """The model's answer, shown as it comes; Ctrl-C stops it, a second Ctrl-C at once.
+
+    Raises:
+        KeyboardInterrupt: it was stopped where nobody can type the next message.
+    """
     with progress_bar("prompt") as move, interrupts() as stopped:
 
         def long(done: int, total: int) -> None:
@@ -219,6 +223,8 @@ def answer(session: ChatSession, screen: Screen) -> Turn:
         turn = session.answer(screen.show, stopped, long)
     screen.finish()
     reason = turn.generation.finish_reason
+    if reason == "interrupted" and not screen.interactive:
+        raise KeyboardInterrupt
     if reason == "interrupted":
         note("stopped")
     elif reason == "length":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,7 +95,15 @@ def chat(ctx: click.Context, as_json: bool, **given: Any) -> None:
                 _talk(session, given["hide_reasoning"])
 
 
-chat.params += [p for p in generate.params if p.name not in _NOT_SHARED]
+def _shared(option: click.Parameter) -> click.Parameter:
+    """An option of `generate`; an answer with its reasoning is longer than a continuation."""
+    made = copy.copy(option)
+    if made.name == "max_new_tokens":
+        made.default = 4096
+    return made
+
+
+chat.params += [_shared(p) for p in generate.params if p.name not in _NOT_SHARED]
 
 
 def _template(model: OpenModel, wanted: str | None, with_tools: bool) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refimpl.errors import InputError
-from refimpl.text.output import END_THINK, THINK
+from refimpl.text.output import THINK
 from refimpl.text.template import ChatTemplate
 from refimpl.text.tools import Tools
 
@@ -104,11 +104,10 @@ class Conversation:
             raise InputError("the conversation is empty: say something first")
         text = self._rendered(True)
         history = self._rendered(False)
-        end = text.rstrip()
         return Prompt(
             text=text,
             history=history if text.startswith(history) else "",
-            in_reasoning=end.endswith(THINK) and not end.endswith(END_THINK),
+            in_reasoning=text.rstrip().endswith(THINK),
         )
 
     def _rendered(self, generation: bool) -> str:

@@ -52,11 +52,10 @@ def find_template(
         return _builtin(wanted)
     if wanted is not None and Path(wanted).is_file():
         return Found(_text(Path(wanted)), wanted)
-    if wanted is None and not with_tools and tokenizer.chat_template is not None:
-        return Found(tokenizer.chat_template, str(checkpoint))
+    own = None if checkpoint.is_dir() else tokenizer.chat_template
+    if wanted is None and not with_tools and own is not None:
+        return Found(own, str(checkpoint))  # a GGUF file need not be read again for it
     have = checkpoint_templates(checkpoint)
-    if tokenizer.chat_template is not None:
-        have.setdefault("default", tokenizer.chat_template)
     if wanted is None:
         wanted = "tool_use" if with_tools and "tool_use" in have else "default"
         if wanted not in have:

@@ -83,12 +83,15 @@ class ChatSession:
         options: how answers are made; `context` is the most tokens of the conversation.
 
     Raises:
-        InputError: the model has no tokenizer, or too few MTP layers for `options.mtp`.
+        InputError: the model has no tokenizer, or too few MTP layers for `options.mtp`; no tokens
+            are wanted.
     """
 
     def __init__(
         self, model: OpenModel, conversation: Conversation, options: GenerateOptions
     ) -> None:
+        if options.max_new_tokens < 1:
+            raise InputError(f"max-new-tokens is {options.max_new_tokens}, expected 1 or more")
         self._tokenizer = tokenizer_required(model)
         config = model.backend.config
         draft_policy(options.mtp, config.num_nextn_predict_layers)

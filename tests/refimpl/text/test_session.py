@@ -8,10 +8,12 @@ import pytest
 
 from refimpl.backend import Step
 from refimpl.backends import OpenModel, model_path, open_model
+from refimpl.chat_screen import Commands, Screen
 from refimpl.decoding.generation import GenerateOptions
 from refimpl.errors import InputError
 from refimpl.text.builtin import PLAIN, STEP
 from refimpl.text.conversation import Conversation, checked
+from refimpl.text.output import Piece
 from refimpl.text.session import ChatSession
 from refimpl.text.template import ChatTemplate
 from refimpl.text.tools import Tools
@@ -151,6 +153,31 @@ def test_a_tool_call_its_result_and_the_reasoning_that_goes_on(chat, mini) -> No
         f"{END}\n<|im_start|>tool_response\n<tool_response>4</tool_response>{END}\n"
         "<|im_start|>assistant\n<think>\n"
     )
+
+
+def test_results_are_given_by_command_and_the_last_one_is_answered(chat) -> None:
+    two = CALL + "\n" + CALL.replace("2", "3")
+    session, _ = chat(f"add\n</think>\n{two}{END}", f"so\n</think>\n5{END}", tools=TOOLS)
+    ask(session, "2 + 3?")
+    commands = Commands(session)
+    with pytest.raises(InputError, match="calls without a result: add, add"):
+        commands.run("/tool sub 1")
+    assert not commands.run('/tool add {"sum": 2}')
+    assert commands.run("/tool add 3")
+    assert session.answer(lambda piece: None).answer.content == "5"
+    contents = [m["content"] for m in session.conversation.messages if m["role"] == "tool"]
+    assert contents == ['{"sum": 2}', "3"]
+    assert commands.run("//etc is a folder")
+    assert session.conversation.messages[-1]["content"] == "/etc is a folder"
+    assert not commands.run("/system New.")
+    assert session.conversation.messages == [{"role": "system", "content": "New."}]
+
+
+def test_at_a_terminal_a_model_cannot_send_control_sequences(capsys) -> None:
+    screen = Screen(hide_reasoning=False)
+    screen._terminal = True
+    screen.show(Piece("content", "a\x1b]0;title\x07\x9bb\tc\n"))
+    assert capsys.readouterr().out == "a\ufffd]0;title\ufffd\ufffdb\tc\n"
 
 
 def test_an_answer_that_is_stopped_counts_and_the_cache_stays_good(chat) -> None:
