@@ -1,0 +1,175 @@
+"""Interleaved rounds: their order, what is kept, when they are quiet, and ratios within them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from bench.interleave import (
+    Arm,
+    Round,
+    append_round,
+    best_probe,
+    quiet_rounds,
+    ratio,
+    ratio_of,
+    read_rounds,
+    run_rounds,
+    speed,
+)
+from bench.runners.base import Measurement, RunnerError, RunnerTest
+from hwmodel.errors import RunFileError
+
+TEST = RunnerTest(Path("model.gguf"), n_gen=8)
+
+
+class Scripted:
+    """A runner that gives one speed after the other, and writes down when it was asked."""
+
+    version, flags = "1", ()
+
+    def __init__(self, name: str, speeds: list[float | Exception], log: list[str]) -> None:
+        self.name, self._speeds, self._log = name, iter(speeds), log
+
+    def measure(self, test: RunnerTest) -> Measurement:
+        self._log.append(self.name)
+        value = next(self._speeds)
+        if isinstance(value, BaseException):
+            raise value
+        return Measurement(self.name, "1", "", (value,), (round(8e9 / value),), {"n_gen": 8})
+
+
+def arms(log: list[str], **speeds: list[float | Exception]) -> list[Arm]:
+    return [Arm(name, Scripted(name, values, log), TEST) for name, values in speeds.items()]
+
+
+def a_round(before: float, after: float, case: str = "c", **speeds: float) -> Round:
+    made = {k: Measurement(k, "1", "", (v,), (1,)) for k, v in speeds.items()}
+    return Round(case, 0.0, "host", (before,), (after,), {}, made)
+
+
+def test_arms_take_turns_between_two_probes_of_each_round() -> None:
+    log: list[str] = []
+
+    def probe() -> tuple[float, ...]:
+        log.append("probe")
+        return (1e9,)
+
+    kept: list[Round] = []
+    run_rounds("c", arms(log, a=[1, 2], b=[3, 4]), 2, probe, "host", kept.append)
+    assert log == ["probe", "a", "b", "probe"] * 2
+    assert [[m.median_ts for m in r.arms.values()] for r in kept] == [[1, 3], [2, 4]]
+
+
+def test_ctrl_c_keeps_the_rounds_that_were_finished(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    broken: list[float | Exception] = [1, KeyboardInterrupt()]  # type: ignore[list-item]
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds("c", arms([], a=broken), 5, lambda: (1e9,), "host",
+                   lambda r: append_round(path, r))  # fmt: skip
+    assert [r.arms["a"].median_ts for r in read_rounds(path)] == [1]
+
+
+def test_further_rounds_are_added_to_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    for value in (1.0, 2.0):
+        run_rounds("c", arms([], a=[value]), 1, lambda: (1e9, 2e9), "host",
+                   lambda r: append_round(path, r), lambda: {"load": 0.5})  # fmt: skip
+    found = read_rounds(path)
+    assert [r.arms["a"].samples_ts for r in found] == [(1.0,), (2.0,)]
+    assert found[0].probe_before == (1e9, 2e9) and found[0].state == {"load": 0.5}
+    assert found[0].arms["a"].record == {"n_gen": 8}
+
+
+def test_a_line_cut_short_by_a_crash_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    append_round(path, a_round(1, 1, a=5))
+    whole = path.read_text()
+    path.write_text(whole + whole[: len(whole) // 2])
+    assert len(read_rounds(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "nonsense", '{"format": 2}', '{"format": 1, "case": "c"}']
+)
+def test_lines_that_are_no_rounds_are_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rounds.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(RunFileError, match=r"line 1 is no round"):
+        read_rounds(path)
+
+
+def test_an_arm_that_fails_is_named_and_the_others_go_on() -> None:
+    kept: list[Round] = []
+    run_rounds("c", arms([], a=[RunnerError("it crashed")], b=[2]), 1, lambda: (1.0,), "host",
+               kept.append)  # fmt: skip
+    assert kept[0].failed == {"a": "it crashed"} and list(kept[0].arms) == ["b"]
+    with pytest.raises(RunnerError, match="nothing could be measured: it crashed"):
+        run_rounds("c", arms([], a=[RunnerError("it crashed")]), 1, lambda: (1.0,), "host",
+                   kept.append)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "quiet"),
+    [
+        (100, 100, True),
+        (100, 91, True),  # within 10 % of each other, both above 90 of 100
+        (92, 91, True),
+        (100, 89, False),  # more than 10 % apart
+        (89, 89, False),  # agree, but 11 % below the best seen
+        (100, 111, False),
+    ],
+)
+def test_rounds_are_quiet_if_probes_agree_and_are_near_the_best(
+    before: float, after: float, quiet: bool
+) -> None:
+    rounds = [a_round(100, 100), a_round(before, after)]
+    best = {"host": 100.0}
+    assert (rounds[1] in quiet_rounds(rounds, best)) == quiet
+
+
+def test_each_host_has_its_own_best_probe() -> None:
+    slow = Round("c", 0.0, "other", (50.0,), (51.0,))
+    best = best_probe([a_round(100, 98), slow])
+    assert best == {"host": 100.0, "other": 51.0}
+    assert quiet_rounds([a_round(100, 98), slow], best) == [a_round(100, 98), slow]
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # the machine is twice as fast in the second round; the ratio is the same
+    rounds = [a_round(1, 1, a=10, b=5), a_round(2, 2, a=20, b=10), a_round(1, 1, a=10)]
+    found = ratio(rounds, "a", "b")
+    assert found is not None
+    assert (found.value, found.low, found.high, found.rounds) == (2, 2, 2, 2)
+    assert speed(rounds, "a") == 10 and speed(rounds, "c") is None
+    assert ratio(rounds, "a", "c") is None
+
+
+def test_intervals_of_the_median() -> None:
+    few = ratio_of([3, 1, 2])
+    assert few is not None and (few.low, few.high) == (1, 3)
+    assert few.coverage == 1 - 2 * 0.5**3
+    many = ratio_of(list(range(1, 11)))
+    assert many is not None and many.value == median(range(1, 11))
+    # sign test for 10 values: from the 2nd to the 9th covers 97.9 %, the 3rd to the 8th 89 %
+    assert (many.low, many.high) == (2, 9)
+    assert many.coverage == pytest.approx(0.9785, abs=1e-4)
+    assert ratio_of([]) is None
+
+
+def test_intervals_cover_the_median_as_often_as_they_say() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+
+    def hits() -> Iterator[bool]:
+        for _ in range(1000):
+            found = ratio_of(rng.standard_normal(9).tolist())
+            assert found is not None
+            yield found.low <= 0 <= found.high
+
+    covered = sum(hits()) / 1000
+    found = ratio_of(list(range(9)))
+    assert found is not None and found.coverage >= 0.95
+    assert covered == pytest.approx(found.coverage, abs=0.02)
