@@ -32,6 +32,9 @@ from refimpl.decoding.state import SavedPrompt
 from refimpl.decoding.stopping import Ending, FinishReason, TextDecoder
 from refimpl.errors import InputError
 
+_WAITING_ROWS = 32
+"""Verified rows that may wait for the MTP layers."""
+
 OnTokens = Callable[[Sequence[int], str], None]
 OnPrefill = Callable[[int, int], None]
 OnPrefilled = Callable[[Cache, Step], None]
@@ -231,12 +234,20 @@ class _Run:
         began = time.perf_counter()
         hidden, tokens = self._verified
         self._kept.busy()
-        drafts = self._draft(hidden, tokens, self._depth())
+        depth = self._depth()
+        # Rows wait for a step that drafts, so that those that do not cost nothing more.
+        waiting = not depth and len(tokens) < _WAITING_ROWS
+        self._picker.begin()
+        drafts = [] if waiting else self._draft(hidden, tokens, depth)
         step = self._backend.decode([tokens[-1], *drafts], self._cache)
         verdict = self._picker.verify(step.logits, drafts)
         self._cache.rollback(len(drafts) - verdict.accepted)
         new = [*drafts[: verdict.accepted], verdict.token]
-        self._verified = step.hidden[: len(new)], new
+        rows = step.hidden[: len(new)]
+        if waiting and self._drafting:
+            self._verified = np.concatenate([hidden, rows]), [*tokens, *new]
+        else:
+            self._verified = rows, new
         self._hold(new)
         seconds = time.perf_counter() - began
         self._policy.update(len(drafts), verdict.accepted, seconds)
@@ -260,7 +271,6 @@ class _Run:
         """Drafts after rows (R, H), each followed by one of `next_tokens` (R,)."""
         if not self._drafting:
             return []
-        self._picker.begin()
         return self._backend.draft(self._cache, hidden, next_tokens, depth, self._picker.choose)
 
     def _show(self, ids: Sequence[int], text: str) -> None:

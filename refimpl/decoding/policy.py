@@ -42,15 +42,17 @@ class AutoDepth:
     stand for the beginning), t_k as the median of the last steps at that depth, so that one
     slow step decides nothing.
 
-    The first steps try every depth three times; then the best k = 0..max_depth is taken, drafts
-    only if they promise more than no drafts by `MARGIN`. Since text and context change, every
-    `PROBE_EVERY`-th step goes one deeper or shallower, in turn. In expectation the run is
-    therefore as fast as without drafts or faster, but for those trials.
+    The first steps try depth after depth, from 0 on, as long as one more draft could still pay if
+    it always stood; then the best k = 0..max_depth is taken, drafts only if they promise more than
+    no drafts by `MARGIN`. Since text and context change, every `PROBE_EVERY`-th step goes one
+    deeper or shallower, in turn; as long as that changes nothing, ever more rarely. In expectation
+    the run is therefore as fast as without drafts or faster, but for those trials.
     """
 
     SAMPLES = 9  # step times kept for each depth
     TRIALS = 3  # steps at each depth before the first decision
     PROBE_EVERY = 32
+    PROBE_MOST = 256
     MARGIN = 1.02
     DISCOUNT = 0.98
 
@@ -59,24 +61,43 @@ class AutoDepth:
         self._last_used = [0] * (max_depth + 1)
         self._tried = [2.0] * max_depth
         self._passed = [1.0] * max_depth
-        self._steps = 0
+        self._best = 0
+        self._interval = self._wait = self.PROBE_EVERY
 
     def next_depth(self, limit: int) -> int:
         allowed = range(min(limit, len(self._times) - 1) + 1)
-        untried = [k for k in allowed if len(self._times[k]) < self.TRIALS]
-        if untried:
-            return min(untried, key=lambda k: len(self._times[k]))
+        for k in allowed:
+            if len(self._times[k]) < self.TRIALS:
+                if self._promising(k):
+                    return k
+                break
         best = max(allowed, key=self.tokens_per_s)
         if self.tokens_per_s(best) <= self.MARGIN * self.tokens_per_s(0):
             best = 0
-        if (self._steps + 1) % self.PROBE_EVERY == 0:
+        if best != self._best:
+            self._best, self._interval = best, self.PROBE_EVERY
+            self._wait = self._interval
+        self._wait -= 1
+        if self._wait <= 0:
+            self._interval = min(2 * self._interval, self.PROBE_MOST)
+            self._wait = self._interval
             beside = [k for k in (best - 1, best + 1) if k in allowed]
             return min(beside, key=lambda k: self._last_used[k], default=best)
         return best
 
+    def _promising(self, depth: int) -> bool:
+        """Whether a depth could be the best so far if its last draft always stood and cost no
+        more than the one before it."""
+        if depth < 2 or self._times[depth]:
+            return True
+        before, last = (median(self._times[k]) for k in (depth - 2, depth - 1))
+        tokens = self.tokens_per_step(depth - 1)
+        tokens += tokens - self.tokens_per_step(depth - 2)  # as many as the draft before it
+        rate = tokens / max(2 * last - before, last, 1e-9)
+        return rate > max(self.tokens_per_s(k) for k in range(depth))
+
     def update(self, depth: int, accepted: int, seconds: float) -> None:
-        self._steps += 1
-        self._last_used[depth] = self._steps
+        self._last_used[depth] = max(self._last_used) + 1
         self._times[depth].append(seconds)
         for i in range(min(accepted + 1, depth)):  # drafts after a rejected one were not judged
             self._tried[i] = self._tried[i] * self.DISCOUNT + 1
