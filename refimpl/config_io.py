@@ -42,10 +42,12 @@ def read_config_json(path: Path) -> dict[str, Any]:
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path}: {size} bytes is too large for a config.json")
         data = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
+        raise CheckpointError(f"{path}: not valid JSON ({str(error)[:100]})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object with the model's configuration")
     return data

@@ -9,6 +9,8 @@ and exits with 2. Anything else that escapes is a bug.
     └── InputError        a prompt, token id, option or candidate file that cannot be used
 """
 
+_PROBLEM_CHARS = 400
+
 
 class RefimplError(ValueError):
     """Base of all errors that are the input's fault; the message is one sentence."""
@@ -18,6 +20,9 @@ class ConfigError(RefimplError):
     """A configuration cannot be used; `field` names the key as spelled in the file."""
 
     def __init__(self, field: str, problem: str) -> None:
+        if len(problem) > _PROBLEM_CHARS:  # it quotes a value, which may have any length
+            half = _PROBLEM_CHARS // 2
+            problem = f"{problem[:half]} ... {problem[-half:]}"
         super().__init__(f"config field '{field}': {problem}")
         self.field = field
 

@@ -54,7 +54,8 @@ def check_values(stored: Iterable[StoredTensor], progress: Progress | None = Non
                 progress(done, total)
         done += tensor.stored_bytes - int(tensor.rows.size)  # scales, read along the way
         findings += [Finding(_name(tensor), problem) for problem in statistics.problems()]
-    return findings + _norm_findings([t for t in tensors if t.spec.plus_one])
+    with np.errstate(all="ignore"):  # what is infinite or no number has been reported
+        return findings + _norm_findings([t for t in tensors if t.spec.plus_one])
 
 
 def _name(tensor: StoredTensor) -> str:
@@ -116,7 +117,8 @@ class _Statistics:
         ]
         if self._not_finite:
             found.append(f"{self._not_finite} values are not finite{at}")
-        peaks, rms = np.concatenate(self._peaks), np.concatenate(self._rms)
+        peaks = np.concatenate(self._peaks).astype(np.float64)  # so that _FAR times it is finite
+        rms = np.concatenate(self._rms).astype(np.float64)
         typical = float(np.median(rms[rms > 0])) if (rms > 0).any() else 0.0
         far = np.flatnonzero(peaks > _FAR * typical)
         if not typical:
@@ -137,10 +139,13 @@ def _norm_findings(norms: list[StoredTensor]) -> list[Finding]:
     if not norms:
         return []
     scales = [t.values(0, 1)[0].astype(np.float64) + (not t.holds_one_plus) for t in norms]
-    with np.errstate(all="ignore"):
-        medians = [float(np.nanmedian(s)) for s in scales]
-        negative = float(np.mean([np.mean(s < 0) for s in scales]))
-        low = float(np.median([np.nanpercentile(s, 5) for s in scales]))
+    scales = [s[~np.isnan(s)] for s in scales]
+    scales = [s for s in scales if len(s)]
+    if not scales:
+        return []  # their values have been reported as not finite
+    medians = [float(np.median(s)) for s in scales]
+    negative = float(np.mean([np.mean(s < 0) for s in scales]))
+    low = float(np.median([np.percentile(s, 5) for s in scales]))
     middle = float(np.median(medians))
     if negative > 0.1:
         return [

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from refimpl.config import ModelConfig
 from refimpl.errors import InputError
-from refimpl.golden.files import read_golden
+from refimpl.golden.files import read_golden, read_npy
 from refimpl.text.tokenizer import Tokenizer
 
 Array = NDArray[Any]
@@ -122,12 +122,7 @@ def _text(path: Path) -> str:
 def _arrays(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if path.suffix == ".npz":
         return read_golden(path)
-    try:
-        return {"logits": np.load(path, allow_pickle=False)}, {}
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise InputError(f"{path}: not a readable .npy file ({str(error)[:100]})") from None
+    return {"logits": read_npy(path)}, {}
 
 
 def from_arrays(

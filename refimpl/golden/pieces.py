@@ -25,7 +25,7 @@ from refimpl.checkpoint.open import open_checkpoint, read_config
 from refimpl.checkpoint.stored import StoredSource, Wanted
 from refimpl.config import ModelConfig
 from refimpl.errors import InputError
-from refimpl.golden.files import read_golden
+from refimpl.golden.files import read_golden, read_npy
 from refimpl.golden.hypotheses import run_layer
 from refimpl.inventory import TensorSpec
 from refimpl.reference.model import ReferenceModel
@@ -93,14 +93,7 @@ def read_hidden(path: Path, layer: int, rows: int, width: int) -> Array:
     Raises:
         InputError: the file does not hold it, or not for this prompt.
     """
-    if path.suffix == ".npz":
-        found = _from_golden(path, layer)
-    else:
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            reason = str(error)[:100]
-            raise InputError(f"{path}: not a readable .npy or .npz file ({reason})") from None
+    found = _from_golden(path, layer) if path.suffix == ".npz" else read_npy(path)
     if found.shape != (rows, width) or found.dtype.kind != "f":
         raise InputError(
             f"{path}: rows of shape {found.shape}, expected ({rows}, {width}): one for every token"

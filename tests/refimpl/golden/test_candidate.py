@@ -198,7 +198,7 @@ def test_tensors_printed_by_llamacpp(model: Model, tmp_path: Path) -> None:
         ),
         ("x.txt", "hello", "holds no tensor l_out-N"),
         ("x.txt", b"\xff\xfe", "not a form that is known"),
-        ("x.npy", b"\x93NUMPY", "not a readable .npy file"),
+        ("x.npy", b"\x93NUMPY", "not a readable .npy or .npz file"),
         ("x.npz", b"PK", "not a readable golden file"),
     ],
 )
