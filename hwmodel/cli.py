@@ -18,6 +18,7 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "sweep": "hwmodel.cli_tables:sweep",
         "explain": "hwmodel.cli_tables:explain",
         "rivals": "hwmodel.cli_rivals:rivals",
+        "claims": "hwmodel.cli_claims:claims",
         "cost": "hwmodel.cli_jobs:cost",
         "workload": "hwmodel.cli_jobs:workload",
     },

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hwmodel.candidate import Candidate
-from hwmodel.devices import Device, read_sources, read_toml
+from hwmodel.devices import Device, load_device, read_sources, read_toml
 from hwmodel.errors import RequestError
 from hwmodel.predict import predict
 from hwmodel.quantity import Quantity, read_quantity
@@ -36,6 +36,32 @@ def price_data() -> dict[str, Quantity]:
         for section in ("electricity", "ownership", "api")
         for key, value in raw[section].items()
     }
+
+
+@dataclass(frozen=True)
+class RentOffer:
+    """A price of renting one device for an hour, and whose it is."""
+
+    usd_per_h: float
+    note: str
+    source: str
+
+
+@lru_cache(maxsize=64)
+def rent_offers(device: str) -> tuple[RentOffer, ...]:
+    """Listed prices of renting one device, the lowest first; that of its own file included."""
+    path = Path(__file__).parent / "data" / "prices.toml"
+    raw = read_toml(path)
+    sources = read_sources(raw, path)
+    listed = [
+        read_quantity(path, f"rent.{device}.{key}", value, sources)
+        for key, value in raw["rent"].get(device, {}).items()
+    ]
+    own = load_device(device).quantities.get("price.rent_usd_per_h")
+    found = [RentOffer(q.value, q.note, q.source) for q in listed]
+    if own is not None:
+        found.append(RentOffer(own.value, own.note, own.source))
+    return tuple(sorted(found, key=lambda o: o.usd_per_h))
 
 
 def _default(key: str) -> float:

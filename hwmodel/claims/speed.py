@@ -1,0 +1,322 @@
+"""Claims about speed and speculative decoding."""
+
+from __future__ import annotations
+
+from hwmodel.catalogue import load_model
+from hwmodel.claims.finding import (
+    CONTRADICTED,
+    HOLDS,
+    Finding,
+    Test,
+    untestable,
+    when,
+)
+from hwmodel.claims.machines import SHORT, Speed, at_speed, fastest, fixed, plan_for
+from hwmodel.model import step_shape
+from hwmodel.plan import make_plan
+from hwmodel.plan_view import figure
+from hwmodel.predict import predict
+from hwmodel.request import make_request
+from hwmodel.serving import largest_batch
+from hwmodel.speculative import tokens_per_step
+from hwmodel.workload import load_profile, run_job
+
+HOPPER, BLACKWELL = ("h100", "h200"), ("b200",)
+LOCAL = ("m4max", "dgx-spark", "ryzen-ai-max-395")
+PEAK = 350.0
+
+
+def _shown(speed: Speed) -> str:
+    low, high = speed.band
+    return f"{figure(speed.tok_s)} tok/s ({figure(low)} to {figure(high)}) on {speed.name}"
+
+
+def _values(**speeds: Speed) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, s in speeds.items():
+        low, high = s.band
+        found |= {f"{name}_tok_s": s.tok_s, f"{name}_low": low, f"{name}_high": high}
+    return found
+
+
+def _needed_acceptance(speed: Speed, wanted: float) -> float | None:
+    """Chance of every draft at which a configuration makes `wanted` tok/s; None above 1."""
+    per_step = tokens_per_step(speed.drafts)
+    low, high = 0.0, 1.0
+    if speed.tok_s * tokens_per_step(speed.drafts, (1.0,) * speed.drafts) / per_step < wanted:
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        reached = speed.tok_s * tokens_per_step(speed.drafts, (middle,) * speed.drafts) / per_step
+        low, high = (middle, high) if reached < wanted else (low, middle)
+    return high
+
+
+def _peak(wanted: float, title: str) -> Finding:
+    hopper, blackwell, local = fastest(HOPPER), fastest(BLACKWELL), fastest(LOCAL, (1,))
+    needed = _needed_acceptance(hopper, wanted)
+    most = max(hopper.band[1], blackwell.band[1])
+    if max(hopper.tok_s, blackwell.tok_s) >= wanted:
+        verdict = when("eight data-centre cards serve one user with three drafts")
+    elif most >= wanted and needed is not None:
+        verdict = when(
+            f"eight cards serve one user alone and {100 * needed:.0f} % of all drafts are accepted"
+        )
+    else:
+        verdict = CONTRADICTED
+    return Finding(
+        computed=f"{_shown(hopper)}; {_shown(blackwell)}",
+        verdict=verdict,
+        why=f"{title} lies inside the band of eight-card servers at batch 1 and far above every "
+        f"local machine ({_shown(local)}).",
+        command=f"{hopper.command}; {blackwell.command}",
+        values={**_values(hopper=hopper, blackwell=blackwell, local=local), "needed": needed},
+        extrapolated=hopper.extrapolated or blackwell.extrapolated,
+    )
+
+
+def peak_350() -> Finding:
+    """C01"""
+    return _peak(PEAK, "350 tok/s")
+
+
+def peak_400() -> Finding:
+    """C38: the text model of Step 3.7 is the same decoder."""
+    return _peak(400.0, "400 tok/s")
+
+
+def typical() -> Finding:
+    """C02"""
+    box = fixed("h100", 8, "FP8-experts", "sglang", "expert", context=8192)
+    alone = at_speed(box, 3)
+    crowd = largest_batch(at_speed(box, 3).candidate.run, 100.0)
+    pair = at_speed(plan_for("h100").chosen, 3)
+    local = fastest(LOCAL, (1,))
+    batch = crowd.batch if crowd else 0
+    low = 100 <= pair.tok_s <= 300 or 100 <= alone.tok_s <= 300
+    return Finding(
+        computed=f"{_shown(pair)}; {_shown(alone)}, 100 tok/s each for up to {batch} users",
+        verdict=when("data-centre cards serve it; no local machine does") if low else CONTRADICTED,
+        why=f"Two to eight Hopper cards lie in the range; the fastest local machine makes "
+        f"{_shown(local)}.",
+        command=f"{pair.command}; {alone.command}",
+        values={**_values(pair=pair, alone=alone, local=local), "batch_at_100_tok_s": batch},
+        extrapolated=alone.extrapolated or pair.extrapolated,
+    )
+
+
+def three_at_once() -> Finding:
+    """C03"""
+    most = tokens_per_step(3, (1.0, 1.0, 1.0))
+    mean, layers = tokens_per_step(3), step_shape().mtp_layers
+    return Finding(
+        computed=f"{layers} drafts, at most {most:.0f} tokens a step, {mean:.2f} on average",
+        verdict=when("drafts are counted, not tokens; they are made one after another"),
+        why="Three MTP layers draft in a chain, each from the one before; the step that checks "
+        "them adds a token of its own.",
+        command="hwmodel explain decode --device h100 --drafts 3",
+        values={"most": most, "mean": mean, "drafts": float(layers)},
+    )
+
+
+def four_in_one() -> Finding:
+    """C04"""
+    most, mean = tokens_per_step(3, (1.0, 1.0, 1.0)), tokens_per_step(3)
+    return Finding(
+        computed=f"at most {most:.0f}, {mean:.2f} on average at the published acceptance",
+        verdict=when("every draft is accepted"),
+        why="1 + p1 + p1 p2 + p1 p2 p3 reaches 4 only where all three chances are 1.",
+        command="hwmodel explain decode --device h100 --drafts 3",
+        values={"most": most, "mean": mean},
+    )
+
+
+def doubles() -> Finding:
+    """C05"""
+    gains: dict[str, float] = {}
+    extrapolated = False
+    machines = [(d, plan_for(d).chosen) for d in ("m4max", "dgx-spark", "rtx-pro-6000", "h100")]
+    machines += [("rtx4090 and host memory", plan_for("rtx4090", 1, ram_gb=128).chosen)]
+    machines += [
+        (f"8x {d}", fixed(d, 8, "FP8-experts", "sglang", "expert")) for d in (*HOPPER, *BLACKWELL)
+    ]
+    for name, candidate in machines:
+        plain, drafted = at_speed(candidate, 0, 8192), at_speed(candidate, 3, 8192)
+        gains[name] = drafted.tok_s / plain.tok_s
+        extrapolated |= drafted.extrapolated
+    best = max(gains, key=lambda k: gains[k])
+    shown = ", ".join(f"{name} {gain:.2f}x" for name, gain in gains.items())
+    verdict = CONTRADICTED
+    if gains[best] >= 1.8:
+        where = ", ".join(n for n, g in gains.items() if g >= 1.8)
+        verdict = when(f"the machine has arithmetic to spare: within a tenth on {where}")
+    return Finding(
+        computed=shown,
+        verdict=verdict,
+        why="Checking four tokens reads about 31 experts a layer instead of 8: where reading "
+        "weights is the limit, most of what the drafts yield is paid for there.",
+        command="hwmodel plan --device m4max",
+        values=dict(gains),
+        extrapolated=extrapolated,
+    )
+
+
+def thousand_tokens() -> Finding:
+    """C06"""
+    best = fastest((*HOPPER, *BLACKWELL))
+    asked = best.candidate.at(depth=0, prompt_tokens=1000, drafts=0)
+    prompt = predict(asked, "ttft_s")
+    first = prompt.value or 0.0
+    total = first + 1000 / best.tok_s
+    return Finding(
+        computed=f"1000 / 350 = {1000 / PEAK:.2f} s; {total:.1f} s with the first token's "
+        f"{first:.2f} s on {best.name}",
+        verdict=when("the peak is held throughout and the first token comes at once"),
+        why="The arithmetic is right for writing alone; reading the prompt, the network and "
+        "reasoning tokens come on top.",
+        command=best.command,
+        values={"arithmetic_s": 1000 / PEAK, "total_s": total, "ttft_s": first},
+        extrapolated=best.extrapolated or prompt.status != "calibrated",
+    )
+
+
+def faster_than_gemini() -> Finding:
+    """C07"""
+    server = fixed("h100", 8, "FP8-experts", "sglang", "expert")
+    shared = at_speed(server, 3, concurrency=16)
+    ratio, value = PEAK / 200 - 1, shared.tok_s
+    return Finding(
+        computed=f"350 / 200 - 1 = {100 * ratio:.0f} %; with 16 users on 8x h100 "
+        f"{figure(value)} tok/s, {100 * (value / 200 - 1):+.0f} %",
+        verdict=when("a peak of one is set against the usual speed of the other"),
+        why="The quotient is right; like for like a shared server gives each user less than its "
+        "peak. Gemini's own speed is not testable here.",
+        command=f"{shared.command} --concurrency 16",
+        values={"ratio": ratio, "shared_tok_s": value},
+        extrapolated=shared.extrapolated,
+    )
+
+
+def deepseek_r1() -> Finding:
+    """C08"""
+    request = make_request("h200", load_model("deepseek-r1"), count=8, quant="FP8")
+    alone = at_speed(make_plan(request).chosen)
+    crowd = largest_batch(alone.candidate.run, 80.0)
+    batch = crowd.batch if crowd else 0
+    inside = alone.band[0] <= 80 <= alone.band[1]
+    return Finding(
+        computed=f"{_shown(alone)}; 80 tok/s each for up to {batch} users",
+        verdict=HOLDS if inside else when(f"a server is shared by {batch} users" if batch else "-"),
+        why="Without drafts; 1,000 tokens then take 12.5 s.",
+        command="hwmodel plan --device h200 --count 8 --model deepseek-r1 --quant FP8",
+        values={**_values(alone=alone), "batch_at_80_tok_s": batch},
+        extrapolated=alone.extrapolated,
+    )
+
+
+def vllm_drafts() -> Finding:
+    """C23"""
+    box = fixed("h100", 8, "FP8-experts", "vllm", "expert")
+    plain, drafted = at_speed(box, 0), at_speed(box, 3)
+    able = box.engine.max_drafts
+    return Finding(
+        computed=f"vLLM {box.engine.version} ({box.engine.date}) drafts up to {able}; without "
+        f"them {figure(plain.tok_s)} instead of {figure(drafted.tok_s)} tok/s on 8x h100",
+        verdict=CONTRADICTED if able >= 3 else HOLDS,
+        why="The recipe of vLLM lists MTP drafts for this model today; it did not at the launch.",
+        command="hwmodel engines show vllm",
+        values={
+            "max_drafts": float(able),
+            "plain_tok_s": plain.tok_s,
+            "drafted_tok_s": drafted.tok_s,
+        },
+        extrapolated=False,
+    )
+
+
+def agent_loop() -> Finding:
+    """C24"""
+    profile = load_profile("agent-loop")
+    written = sum(t.reasoning_tokens + t.answer_tokens for t in profile.turns)
+    slow, quick = written / 60, written / PEAK
+    server = fixed("h100", 8, "FP8-experts", "sglang", "expert")
+    jobs = {"8x h100": run_job(profile, server, 3)}
+    for device in ("m4max", "dgx-spark"):
+        plan = plan_for(device)
+        jobs[device] = run_job(profile, plan.chosen, plan.best_drafts)
+    shown = ", ".join(f"{name} {figure(j.seconds)} s" for name, j in jobs.items())
+    return Finding(
+        computed=f"writing alone {slow:.0f} s at 60 and {quick:.1f} s at 350 tok/s; with prompts "
+        f"and 5 s of tools: {shown}",
+        verdict=when("nothing but writing is counted and 350 tok/s are held"),
+        why=f"{written:,} tokens explain both figures; tools and prompts do not shrink with the "
+        "model's speed.",
+        command="hwmodel workload agent-loop --device m4max --device dgx-spark --device h100",
+        values={"at_60_s": slow, "at_350_s": quick, **{n: j.seconds for n, j in jobs.items()}},
+        extrapolated=any(j.status != "calibrated" for j in jobs.values()),
+    )
+
+
+def slower_than_h100() -> Finding:
+    """C19: on the largest type that a single H100 holds."""
+    types = [fixed("h100", 1, q, "llama.cpp", context=8192) for q in ("Q3_K_M", "IQ3_XXS")]
+    one = [c for c in types if c.holds]
+    if not one:
+        return untestable("no published type fits a single H100.")
+    quant = one[0].run.quant.name
+    single = at_speed(one[0])
+    four = at_speed(fixed("rtx4090", 4, quant, "llama.cpp", "layer", context=8192))
+    return Finding(
+        computed=f"{quant}: {_shown(four)}; {_shown(single)}",
+        verdict=when(f"both hold the file, which for one H100 means {quant}")
+        if four.tok_s < single.tok_s
+        else CONTRADICTED,
+        why="Layers dealt out over four cards add room, not speed: every token passes them one "
+        "after another. The int4 file fits neither.",
+        command=f"hwmodel compare rtx4090 h100 --quant {quant}",
+        values=_values(four=four, single=single),
+        extrapolated=four.extrapolated or single.extrapolated,
+    )
+
+
+def runs_locally() -> Finding:
+    """C34"""
+    plans = {d: plan_for(d) for d in ("m4max", "dgx-spark")}
+    speeds = {d: at_speed(p.chosen, 0, SHORT) for d, p in plans.items()}
+    able = all(p.holds for p in plans.values())
+    return Finding(
+        computed="; ".join(_shown(s) for s in speeds.values()),
+        verdict=HOLDS if able else CONTRADICTED,
+        why="Both hold the int4 file at 32K, the Mac after raising its limit of GPU memory.",
+        command="hwmodel compare m4max dgx-spark",
+        values=_values(**{d.replace("-", "_"): s for d, s in speeds.items()}),
+        extrapolated=any(s.extrapolated for s in speeds.values()),
+    )
+
+
+def gaming_pc() -> Finding:
+    """C35: one card of 24 GB, 128 GB of host memory."""
+    plan = plan_for("rtx4090", 1, ram_gb=128)
+    speed = at_speed(plan.chosen, 0, SHORT)
+    return Finding(
+        computed=f"{_shown(speed)}, experts in host memory",
+        verdict=CONTRADICTED if plan.holds and speed.tok_s > 5 else HOLDS,
+        why="With its experts in 128 GB of ordinary memory a 24 GB card runs the int4 file at "
+        "reading speed; 32 GB of memory would not do.",
+        command="hwmodel plan --device rtx4090 --count 1 --ram 128",
+        values=_values(offload=speed),
+        extrapolated=speed.extrapolated,
+    )
+
+
+def gpt4_turbo() -> Finding:
+    """C09"""
+    return untestable("Size and hardware of GPT-4 Turbo are not published.")
+
+
+TESTS: dict[str, Test] = {
+    "C01": peak_350, "C02": typical, "C03": three_at_once, "C04": four_in_one, "C05": doubles,
+    "C06": thousand_tokens, "C07": faster_than_gemini, "C08": deepseek_r1, "C09": gpt4_turbo,
+    "C19": slower_than_h100, "C23": vllm_drafts, "C24": agent_loop, "C34": runs_locally,
+    "C35": gaming_pc, "C38": peak_400,
+}  # fmt: skip
