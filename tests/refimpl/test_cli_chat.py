@@ -3,27 +3,29 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from refimpl.cli import main
 
 CHAT = [sys.executable, "-c", "from refimpl.cli import main; main()", "chat", "--backend"]
 CHAT += ["reference"]
 
 
 def chat(*options: str, say: str | bytes = "", code: int = 0) -> tuple[str, str]:
-    data = say.encode() if isinstance(say, str) else say
-    done = subprocess.run([*CHAT, *options], input=data, capture_output=True, timeout=120)
-    assert done.returncode == code, done.stderr.decode()
-    assert b"Traceback" not in done.stderr
-    return done.stdout.decode(), done.stderr.decode()
+    """(stdout, stderr) of a chat over a pipe."""
+    arguments = ["chat", "--backend", "reference", *options]
+    done = CliRunner().invoke(main, arguments, input=say, catch_exceptions=False)
+    assert done.exit_code == code, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_lines_from_a_pipe_are_answered_on_stdout() -> None:
-    out, err = chat("--max-new-tokens", "12", say="def f(x):\nimport os\n/stats\n/exit\nnever\n")
+    out, err = chat("--max-new-tokens", "6", say="def f(x):\nimport os\n/stats\n/exit\nnever\n")
     assert "no chat template" in err and err.count("cut at --max-new-tokens") == 2
     stats = out[out.index("answers") :]
     assert re.search(r"^answers +2\ncontext +\d+ of 1024 tokens\n", stats)
@@ -32,9 +34,9 @@ def test_lines_from_a_pipe_are_answered_on_stdout() -> None:
 
 def test_reasoning_is_kept_out_of_stdout() -> None:
     say = "def f(x):\n"
-    out, err = chat("--max-new-tokens", "9", "--template", "step", say=say)
-    assert out == "" and len(err.split("refimpl:")[0]) > 9
-    out, err = chat("--max-new-tokens", "9", "--template", "step", "--hide-reasoning", say=say)
+    out, err = chat("--max-new-tokens", "4", "--template", "step", say=say)
+    assert out == "" and len(err.split("refimpl:")[0]) > 3
+    out, err = chat("--max-new-tokens", "4", "--template", "step", "--hide-reasoning", say=say)
     assert out == "" and err.startswith("refimpl:")
 
 

@@ -248,7 +248,7 @@ def test_arguments_may_come_as_json_text() -> None:
 
 def test_the_embedded_model_says_the_same_with_and_without_the_kept_cache(mini) -> None:
     with ChatTemplate(STEP, "step", {"bos_token": ""}) as template:
-        options = GenerateOptions(max_new_tokens=10, mtp=2)
+        options = GenerateOptions(max_new_tokens=6, mtp=1)
         session = ChatSession(mini, Conversation(template), options)
         for text in ("def f(x):", "import os"):
             turn, _ = ask(session, text)
