@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from bench.interleave import Note, Round, append_round, read_rounds, run_rounds
 from bench.runners.base import Runner
 
 ROUNDS_FILE = "rounds.jsonl"
-_PROBE_BYTES = 1 << 29
-_PROBE_REPETITIONS = 5
+_PROBE_BYTES = 1 << 30
+_PROBE_REPETITIONS = 24  # about a third of a second: threads that just woke may share a core
+_SETTLE_S = 0.3  # a process that has just ended still gives its memory back
 
 
 def measure_cases(
@@ -43,6 +45,10 @@ def measure_cases(
         append_round(data / ROUNDS_FILE, done)
         made.append(done)
 
+    def probe() -> tuple[float, ...]:
+        time.sleep(_SETTLE_S)
+        return read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS)
+
     def state() -> dict[str, Any]:
         return {**machine_state(), "amx": "amx-tile" in cpu_features()}
 
@@ -51,8 +57,7 @@ def measure_cases(
         for case in cases:
             run_rounds(
                 case.name, arms(case, models, llama), rounds,
-                lambda: read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS),
-                f"{cpu_name()}, {threads} threads", keep, state, note,
+                probe, f"{cpu_name()}, {threads} threads", keep, state, note,
             )  # fmt: skip
     finally:
         team.close()
