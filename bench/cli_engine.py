@@ -108,9 +108,9 @@ def measure(
 
     count = threads or default_threads()
     found = chosen(only, count)
+    llama = {} if no_llama else _llama(llama_bench, llama_bench_no_amx)
     for name in make_models(Path(models), [c.model for c in found]):
         note(f"wrote {Path(models) / name}")
-    llama = {} if no_llama else _llama(llama_bench, llama_bench_no_amx)
     made = measure_cases(found, Path(models), Path(data), count, rounds, llama, note)
     if as_json:
         print_json(medians(made))
