@@ -12,8 +12,22 @@ and exits with 2. Anything else that escapes is a bug.
 _PROBLEM_CHARS = 400
 
 
+def escape(character: str) -> str:
+    """A character that cannot be printed, such as \\x1b, as Python spells it."""
+    return repr(character)[1:-1]
+
+
 class RefimplError(ValueError):
-    """Base of all errors that are the input's fault; the message is one sentence."""
+    """Base of all errors that are the input's fault; the message is one sentence.
+
+    Whatever it quotes (names, values, what a library said) ends up on one printable line.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else escape(c) for c in line)
+        super().__init__(line)
 
 
 class ConfigError(RefimplError):

@@ -144,7 +144,8 @@ class ReferenceModel:
 
     def _layer_cache(self, spec: LayerSpec, capacity: int) -> LayerCache:
         dtype = self._weights.numerics.dtype
-        if spec.window is None or not self._ring:
+        # A ring longer than the context would never wrap, and a damaged file may ask for any.
+        if spec.window is None or not self._ring or spec.window > capacity:
             return GrowingCache(spec.num_attention_groups, spec.head_dim, dtype, capacity)
         return RingCache(spec.num_attention_groups, spec.head_dim, dtype, spec.window)
 

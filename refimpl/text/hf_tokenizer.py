@@ -33,6 +33,8 @@ def read_tokenizer_json(folder: Path) -> tuple[dict[str, Any], Vocabulary]:
     if not isinstance(vocab, dict) or not all(_is_id(v) for v in vocab.values()):
         raise CheckpointError(f"{path}: model.vocab is not a table from tokens to ids")
     tokens, types = _tokens(vocab, _added_tokens(data, path))
+    if not all(token.isascii() or _is_unicode(token) for token in tokens):
+        raise CheckpointError(f"{path}: a token holds half a surrogate pair; damaged file")
     special = _special_vocabulary(folder, len(tokens))
     template = special.chat_template
     names = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
@@ -64,6 +66,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data
+
+
+def _is_unicode(token: str) -> bool:
+    """JSON can spell halves of surrogate pairs, which are no text."""
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_id(value: Any) -> bool:

@@ -68,9 +68,9 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], where: object) -> Vocabula
         CheckpointError: another kind of tokenizer, or arrays that do not fit together.
     """
     model = metadata.get(_PREFIX + "model")
-    if model is None or model in _NO_VOCABULARY:
+    if model is None or (isinstance(model, str) and model in _NO_VOCABULARY):
         return None
-    if model != "gpt2":
+    if not isinstance(model, str) or model != "gpt2":
         raise CheckpointError(
             f"{where}: tokenizer.ggml.model is {str(model)[:50]!r}, expected 'gpt2' "
             "(byte-level BPE)"
