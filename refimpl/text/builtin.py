@@ -15,7 +15,7 @@ PLAIN = """
   {%- elif message.role == 'assistant' -%}
     {{ 'Assistant: ' + message.content | trim + '\\n' }}
   {%- else -%}
-    {{ raise_exception('the plain format has no tools') }}
+    {{ raise_exception('no results of calls in the plain format') }}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}
@@ -52,7 +52,9 @@ VALUE
 {%- endfor -%}
 {%- for message in messages -%}
   {%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- set observed = message.role == 'system' and message.name == 'observation' -%}
+    {{- '<|im_start|>' + ('observation' if observed else message.role) + '\\n' }}
+    {{- message.content + '<|im_end|>\\n' }}
   {%- elif message.role == 'assistant' -%}
     {{- '<|im_start|>assistant\\n' }}
     {%- if loop.index0 > ns.last_user or preserve_thinking -%}

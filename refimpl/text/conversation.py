@@ -48,7 +48,7 @@ class Conversation:
             turns; None leaves it to the template.
 
     Raises:
-        InputError: the template does not know `preserve_thinking`.
+        InputError: the template does not know `preserve_thinking`, or no tools.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class Conversation:
             raise InputError(
                 f"{template.where}: the template decides itself which reasoning it keeps "
                 "(it has no variable preserve_thinking); leave --keep-reasoning out"
+            )
+        if tools and "tools" not in template.source:
+            raise InputError(
+                f"{template.where}: the template has no place for tools; use another one, such as "
+                "--template step"
             )
         self._template, self._keep = template, keep_reasoning
         self.tools = tools or Tools()

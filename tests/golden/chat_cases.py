@@ -63,6 +63,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
         "plain": True,
     },
     "later system message": {"messages": [user("a"), said("A"), system("now"), user("b")]},
+    "observation": {"messages": [user("a"), said("A"), system("seen", name="observation")]},
     "tools": {"messages": [user("Weather?")], "tools": TOOLS},
     "tools and system": {"messages": [system("Be brief."), user("Weather?")], "tools": TOOLS},
     "a call and its result": {

@@ -222,6 +222,11 @@ def test_keeping_reasoning_needs_a_template_that_can(chat) -> None:
         chat("x", source=PLAIN, keep_reasoning=True)
 
 
+def test_tools_need_a_template_that_knows_them(chat) -> None:
+    with pytest.raises(InputError, match="no place for tools"):
+        chat("x", source=PLAIN, tools=TOOLS)
+
+
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
