@@ -6,7 +6,6 @@ A policy never changes what is generated greedily (verification is exact), only 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 from typing import Protocol
 
 
@@ -51,13 +50,14 @@ class AutoDepth:
 
     SAMPLES = 9  # step times kept for each depth
     TRIALS = 3  # steps at each depth before the first decision
-    PROBE_EVERY = 32
+    PROBE_EVERY = 64
     PROBE_MOST = 256
     MARGIN = 1.02
     DISCOUNT = 0.98
 
     def __init__(self, max_depth: int) -> None:
         self._times: list[deque[float]] = [deque(maxlen=self.SAMPLES) for _ in range(max_depth + 1)]
+        self._cost = [0.0] * (max_depth + 1)  # medians of the times, 0 where there are none
         self._last_used = [0] * (max_depth + 1)
         self._tried = [2.0] * max_depth
         self._passed = [1.0] * max_depth
@@ -90,7 +90,7 @@ class AutoDepth:
         more than the one before it."""
         if depth < 2 or self._times[depth]:
             return True
-        before, last = (median(self._times[k]) for k in (depth - 2, depth - 1))
+        before, last = self._cost[depth - 2], self._cost[depth - 1]
         tokens = self.tokens_per_step(depth - 1)
         tokens += tokens - self.tokens_per_step(depth - 2)  # as many as the draft before it
         rate = tokens / max(2 * last - before, last, 1e-9)
@@ -98,7 +98,9 @@ class AutoDepth:
 
     def update(self, depth: int, accepted: int, seconds: float) -> None:
         self._last_used[depth] = max(self._last_used) + 1
-        self._times[depth].append(seconds)
+        times = self._times[depth]
+        times.append(seconds)
+        self._cost[depth] = max(sorted(times)[len(times) // 2], 1e-9)
         for i in range(min(accepted + 1, depth)):  # drafts after a rejected one were not judged
             self._tried[i] = self._tried[i] * self.DISCOUNT + 1
             self._passed[i] = self._passed[i] * self.DISCOUNT + (i < accepted)
@@ -113,5 +115,5 @@ class AutoDepth:
 
     def tokens_per_s(self, depth: int) -> float:
         """Expected speed at `depth`; 0 while that depth has not been measured."""
-        times = self._times[depth]
-        return self.tokens_per_step(depth) / max(median(times), 1e-9) if times else 0.0
+        cost = self._cost[depth]
+        return self.tokens_per_step(depth) / cost if cost else 0.0
