@@ -107,7 +107,8 @@ class Layout:
             )
         kind = block_type(entry.dtype)
         rows = entry.data.reshape(-1, kind.row_bytes(spec.shape[-1]))
-        return StoredTensor(spec, kind, rows, holds_one_plus=self.is_mlx, where=where)
+        one_plus = self.is_mlx and spec.plus_one
+        return StoredTensor(spec, kind, rows, holds_one_plus=one_plus, where=where)
 
     def _fp8(self, where: str, spec: TensorSpec, entry: Entry, found: Found) -> StoredTensor:
         if len(spec.shape) < 2 or self.is_mlx:

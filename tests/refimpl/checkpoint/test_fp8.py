@@ -58,7 +58,11 @@ def rewrite(folder: Path, fields: dict[str, Any], body: bytes) -> None:
 
 def by_hand(folder: Path, name: str) -> np.ndarray:
     """The definition, one value at a time: fp8[r, c] times the scale of its block."""
-    fields, body = header(folder)
+    return by_hand_of(*header(folder), name)
+
+
+def by_hand_of(fields: dict[str, Any], body: bytes, name: str) -> np.ndarray:
+    """The same from a header and the bytes after it."""
 
     def raw(tensor: str, dtype: Any) -> np.ndarray:
         start, stop = fields[tensor]["data_offsets"]
@@ -261,6 +265,35 @@ def test_other_quantisations_are_refused(copy: Path, field: Any, words: str) -> 
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": field}))
     with pytest.raises(ConfigError, match=words):
         open_checkpoint(copy)
+
+
+def test_scales_may_lie_in_another_shard(copy: Path) -> None:
+    """Where only some tensors are wanted, the shard of their scales is opened too."""
+    fields, body = header(copy)
+    parts: dict[str, dict[str, Any]] = {"model-a.safetensors": {}, "model-b.safetensors": {}}
+    data = dict.fromkeys(parts, b"")
+    for name, entry in fields.items():
+        if name != "__metadata__":
+            file = sorted(parts)[name.endswith("_scale_inv")]
+            start, stop = entry["data_offsets"]
+            at = len(data[file])
+            parts[file][name] = entry | {"data_offsets": [at, at + stop - start]}
+            data[file] += body[start:stop]
+    for file, entries in parts.items():
+        text = json.dumps(entries).encode()
+        (copy / file).write_bytes(len(text).to_bytes(8, "little") + text + data[file])
+    (copy / "model.safetensors").unlink()
+    where = {name: file for file, entries in parts.items() for name in entries}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    source = open_checkpoint(copy, wanted=lambda spec: spec.key == "experts.up" and spec.layer == 4)
+    expected = by_hand_of(fields, body, WEIGHT)[3]
+    np.testing.assert_array_equal(source.expert("experts.up", 4, 3, "f4"), expected)
+    (copy / "model-b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"shard model-b.safetensors is missing"):
+        open_checkpoint(copy, wanted=lambda spec: spec.layer == 4)
+    assert (
+        open_checkpoint(copy, wanted=lambda spec: spec.layer == 0).matrix("q_proj", 0, "f4").any()
+    )
 
 
 def test_synth_and_convert_write_fp8_folders(tmp_path: Path, made: Made) -> None:
