@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.engine_cases import DEPTHS, EMBEDDED, ENGINE, LLAMA_DEPTHS, TYPES
+from bench.engine_cases import DEPTHS, EMBEDDED, ENGINE, KV_TYPES, LLAMA_DEPTHS, TYPES, depth_case
 from bench.engine_figures import Figures, Row, kernels, rows_of
 from bench.engine_run import ROUNDS_FILE, all_rounds
 from bench.interleave import Ratio, Round, quiet_rounds, ratio
@@ -111,7 +111,11 @@ def report_text(f: Figures, folder: str, pictures: Iterable[str]) -> str:
     ]
     for name in pictures:
         parts += [f"![{_CAPTIONS[name]}]({folder}/{name}.png)", f"*{_CAPTIONS[name]}*"]
-    parts += ["## Depth", markdown(*_depths(f))] if f.newest("depth-q4_k_s") else []
+    parts += (
+        ["## Depth", markdown(*_depths(f))]
+        if any(f.newest(depth_case(kv)) for kv in KV_TYPES)
+        else []
+    )
     parts += ["## Verification of drafts", markdown(*_verification(f))]
     parts += ["## Rounds", _method(folder), markdown(*_rounds(f))]
     return "\n\n".join(parts) + "\n"
@@ -178,13 +182,13 @@ def _depths(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for depth in sorted({*DEPTHS, *LLAMA_DEPTHS}):
         cells = [f"{depth:,}"]
-        for kv in ("f16", "q8_0"):
-            label = f"{ENGINE} {kv} d{depth}"
-            speed = f.per_round("depth-q4_k_s", label, lambda _, m: m.median_ts)
-            resident = f.per_round("depth-q4_k_s", label, lambda _, m: _cache_megabytes(m.record))
+        for kv in KV_TYPES:
+            case, label = depth_case(kv), f"{ENGINE} d{depth}"
+            speed = f.per_round(case, label, lambda _, m: m.median_ts)
+            resident = f.per_round(case, label, lambda _, m: _cache_megabytes(m.record))
             cells += [_plain(speed, 1), _plain(resident, 0)]
-        case, label = f.case("depth-llama"), f"{ENGINE} d{depth}"
-        over = ratio(case, label, f"llama.cpp default d{depth}")
+        beside = f.case("depth-llama")
+        over = ratio(beside, f"{ENGINE} d{depth}", f"llama.cpp default d{depth}")
         rows.append((*cells, show(over, "x")))
     header = ("depth, tokens", "f16 KV: tokens/s", "cache, MB", "q8_0 KV: tokens/s", "cache, MB",
               "over llama.cpp, f16")  # fmt: skip

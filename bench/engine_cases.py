@@ -22,6 +22,7 @@ EMBEDDED = "mini"
 ENGINE = "refimpl"
 DRAFTS = ("0", "1", "2", "3", "auto")
 DEPTHS = (0, 1024, 4096, 16384, 65536, 261120)
+KV_TYPES = ("f16", "q8_0")
 LLAMA_DEPTHS = (0, 1024, 2048)  # filled by a prefill, which is what limits them
 ROWS = (1, 2, 3, 4)
 MICRO_BATCHES = (32, 64, 128, 256, 512)
@@ -80,7 +81,7 @@ def cases(threads: int) -> tuple[Case, ...]:
     out.append(_drafts(EMBEDDED, threads, (), 64, 2))
     mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=128)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))
-    out += [_depth(threads), _depth_llama(threads)]
+    out += [*(_depth(kv, threads) for kv in KV_TYPES), _depth_llama(threads)]
     out += [_threads("q4_0", threads), _threads("q4_k_s", threads), _micro_batch(threads)]
     return tuple(out)
 
@@ -110,14 +111,17 @@ def _drafts(
     return Case(f"drafts-{model}", model, f"drafts, {rates} acceptance", entries)
 
 
-def _depth(threads: int) -> Case:
-    base = RunnerTest(Path(slice_name("q4_k_s")), n_gen=24, threads=threads, repetitions=2)
-    entries = tuple(
-        Entry(f"{ENGINE} {kv} d{d}", replace(base, n_depth=d, synthetic_kv=d > 0, kv_type=kv))
-        for kv in ("f16", "q8_0")
-        for d in DEPTHS
+def depth_case(kv: str) -> str:
+    """Name of the case that measures decoding against depth with a KV type."""
+    return f"depth-{kv}"
+
+
+def _depth(kv: str, threads: int) -> Case:
+    base = RunnerTest(
+        _path("q4_k_s"), n_gen=24, threads=threads, repetitions=2, synthetic_kv=True, kv_type=kv
     )
-    return Case("depth-q4_k_s", "q4_k_s", "decoding against depth", entries)
+    entries = tuple(Entry(f"{ENGINE} d{d}", replace(base, n_depth=d)) for d in DEPTHS)
+    return Case(depth_case(kv), "q4_k_s", f"decoding against depth, {kv} KV", entries)
 
 
 def _depth_llama(threads: int) -> Case:

@@ -46,16 +46,16 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """'reached', 'short', or that it was not measured."""
+        """'aim reached', 'reached', 'short' of the demand, 'below the aim' where there is no
+        other demand, or that it was not measured."""
         if self.figure is None:
             return NOT_MEASURED
-        if self.at_least is None:
-            return "no demand"
         sign = -1 if self.lower_is_better else 1
-        if sign * self.figure.value < sign * self.at_least:
-            return "short"
-        reached_aim = self.aim is not None and sign * self.figure.value >= sign * self.aim
-        return "aim reached" if reached_aim else "reached"
+        if self.aim is not None and sign * self.figure.value >= sign * self.aim:
+            return "aim reached"
+        if self.at_least is None:
+            return "below the aim"
+        return "reached" if sign * self.figure.value >= sign * self.at_least else "short"
 
 
 class Figures:

@@ -10,10 +10,12 @@ from bench.engine_cases import (
     DRAFTS,
     EMBEDDED,
     ENGINE,
+    KV_TYPES,
     LLAMA_DEPTHS,
     MICRO_BATCHES,
     MTP_TYPES,
     TYPES,
+    depth_case,
 )
 from bench.engine_figures import Figures
 from bench.interleave import Ratio
@@ -127,13 +129,12 @@ def _series(f: Figures, case: str, labels: Sequence[tuple[float, str]]) -> Serie
 
 def _depth(f: Figures, source: str) -> Figure | None:
     """Tokens/s and milliseconds a token against depth."""
-    case = "depth-q4_k_s"
-    if not f.newest(case):
+    if not any(f.newest(depth_case(kv)) for kv in KV_TYPES):
         return None
     figure, (left, right) = _new(source, 2)
     lines: list[tuple[str, Series]] = [
-        (f"{ENGINE}, {kv} KV", _series(f, case, [(d, f"{ENGINE} {kv} d{d}") for d in DEPTHS]))
-        for kv in ("f16", "q8_0")
+        (f"{ENGINE}, {kv} KV", _series(f, depth_case(kv), [(d, f"{ENGINE} d{d}") for d in DEPTHS]))
+        for kv in KV_TYPES
     ]
     other = _series(f, "depth-llama", [(d, f"{LLAMA} d{d}") for d in LLAMA_DEPTHS])
     lines.append((f"{LLAMA}, f16 KV", other))
