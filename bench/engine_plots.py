@@ -17,7 +17,7 @@ from bench.engine_cases import (
     TYPES,
     depth_case,
 )
-from bench.engine_figures import Figures
+from bench.engine_figures import SHARES, Figures
 from bench.interleave import Ratio
 from hwmodel.plots import COLOURS, FONT, GREY, look, style
 
@@ -46,7 +46,8 @@ def figures_of(f: Figures, source: str) -> Mapping[str, Figure]:
 def _new(source: str, panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * panels, 4.8), layout="constrained")
+    width = 6.4 if panels < 3 else 4.8
+    figure = Figure(figsize=(width * panels, 4.8), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)
     figure.suptitle(source, fontsize=FONT - 4, color=GREY, x=0.01, ha="left")
     return figure, list(axes.flat)
@@ -68,8 +69,12 @@ def _by_type(f: Figures, source: str) -> Figure | None:
             values = [_speed(f, f"{what}-{k}", label) for k in kinds]
             _bars(panel, values, i, len(labels), label)
         panel.set_ylabel(f"{what}, tokens/s")
-    shares = [_scaled(f.share(f"decode-{k}", ENGINE)) for k in kinds]
-    _bars(axes[2], shares, 0, 1, ENGINE)
+    for i, label in enumerate(labels):
+        shares = [_scaled(f.share(f"decode-{k}", label)) for k in kinds]
+        _bars(axes[2], shares, i, len(labels), label)
+    for at, kind in enumerate(kinds):
+        axes[2].plot([at - 0.42, at + 0.42], [100 * SHARES[kind]] * 2, color="black", linewidth=1.5,
+                     linestyle="--", label="demanded share" if at == 0 else None)  # fmt: skip
     axes[2].set_ylabel("decode: share of read bandwidth, %")
     axes[2].set_ylim(0, 100)
     for panel, title in zip(
@@ -78,7 +83,8 @@ def _by_type(f: Figures, source: str) -> Figure | None:
         panel.set_xticks(range(len(kinds)), [k.upper() for k in kinds])
         panel.set_title(title, loc="left", fontsize=FONT + 1)
         panel.grid(axis="x", visible=False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        panel.set_axisbelow(True)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -212,7 +218,8 @@ def _drafts(f: Figures, source: str) -> Figure | None:
             )  # fmt: skip
         panel.axhline(1, color="black", linewidth=0.9)
         panel.set_xticks(ticks, [*"0123", "auto"])
-        panel.set(xlabel="drafts in a step", ylabel="speed over no drafts", ylim=(0, None))
+        top = max([1.0, *(b for _, b in bounds), *(r.high for _, r in found if r is not None)])
+        panel.set(xlabel="drafts in a step", ylabel="speed over no drafts", ylim=(0, 1.1 * top))
         shown = "/".join(f"{p:.2f}".lstrip("0") for p in rates)
         kind = "real" if model == EMBEDDED else "simulated"
         name = "embedded model" if model == EMBEDDED else model.partition("-")[0].upper()
