@@ -1,6 +1,7 @@
 """Quantised folders that other programs wrote, against what these programs make of them.
 
-The folders and golden files are those of `tests/golden/make_fp8.py` and `make_mlx_quantised.py`.
+The folders and golden files are those of `make_fp8.py`, `make_fp8_converter.py` and
+`make_mlx_quantised.py` in tests/golden.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from refimpl.backends import open_backend
+from refimpl.checkpoint.convert import convert
+from refimpl.checkpoint.gguf_read import read_gguf
 from refimpl.checkpoint.inspection import inspect
 from refimpl.checkpoint.mlx import Affine, GroupScales, mlx_name
 from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.synth import PRESETS, synthesize
 from refimpl.inventory import inventory
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -76,3 +80,16 @@ def test_every_width_of_mlx_is_decoded(bits: int, group: int) -> None:
     rows = packed.astype("<u4").view(np.uint8)
     found = GroupScales(form, scales, biases).decode(rows, np.arange(4))
     np.testing.assert_array_equal(found, values)
+
+
+def test_fp8_values_are_those_of_the_converter_of_llama_cpp(tmp_path: Path) -> None:
+    """It reads the folder that this project writes, and every tensor of its file has our bytes."""
+    theirs = json.loads((GOLDEN / "fp8_converter.json").read_text())
+    folder = synthesize(PRESETS[theirs["preset"]](), theirs["seed"], tmp_path / "m", "fp8")
+    convert(folder, tmp_path / "m.gguf", "f32")
+    ours = {
+        t.name: [t.kind.name, list(t.dims), hashlib.sha256(t.data.tobytes()).hexdigest()[:16]]
+        for t in read_gguf(tmp_path / "m.gguf").tensors.values()
+    }
+    assert ours == {name: rest for name, *rest in theirs["tensors"]}
+    assert len(ours) == 198
