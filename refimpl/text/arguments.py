@@ -59,7 +59,8 @@ def declared_types(schema: Schema, root: Schema, depth: int = 0) -> set[str]:
         if isinstance(name, str):
             found.add(_ALIASES.get(name.lower(), name.lower()))
     for key in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(key) or ():
+        parts = schema.get(key)
+        for part in parts if isinstance(parts, list) else ():
             found |= declared_types(part, root, depth + 1)
     target = _referred(schema.get("$ref"), root)
     if target is not None:

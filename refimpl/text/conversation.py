@@ -137,8 +137,11 @@ def checked(message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str):
         raise InputError(f"the content of a {role} message is not text")
     made = {**message, "content": content}
-    if message.get("tool_calls"):
-        made["tool_calls"] = [_checked_call(call) for call in message["tool_calls"]]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise InputError("tool_calls is not a list of calls")
+    if calls:
+        made["tool_calls"] = [_checked_call(call) for call in calls]
     return made
 
 

@@ -106,7 +106,7 @@ class Tools:
             arguments[key] = value
         required = schema.get("required")
         for key in required if isinstance(required, list) else ():
-            if key not in arguments:
+            if isinstance(key, str) and key not in arguments:
                 problems.append(f"the required parameter '{key}' is missing")
         return ToolCall(name, arguments, tuple(problems))
 

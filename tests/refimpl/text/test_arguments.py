@@ -118,3 +118,18 @@ def test_calls_name_what_does_not_fit_the_definition() -> None:
 def test_bad_definitions_are_refused_in_a_sentence(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Tools.from_json(text, "tools.json")
+
+
+WORDS = ["type", "anyOf", "$ref", "enum", "properties", "required", "a", "#/a", "integer", "array"]
+ANYTHING = st.recursive(
+    st.none() | st.integers() | st.sampled_from(WORDS),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(WORDS), x, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(schema=st.dictionaries(st.sampled_from(WORDS), ANYTHING), text=st.text(max_size=9))
+def test_no_schema_is_strange_enough_to_fail(schema, text: str) -> None:
+    tools = Tools([{"name": "f", "parameters": schema}])
+    for name in ("f", "g"):
+        assert set(tools.call(name, [("a", text), ("type", "[1")]).arguments) == {"a", "type"}

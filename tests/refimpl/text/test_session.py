@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refimpl.backend import Step
 from refimpl.backends import OpenModel, model_path, open_model
@@ -12,7 +14,7 @@ from refimpl.chat_screen import Commands, Screen
 from refimpl.decoding.generation import GenerateOptions
 from refimpl.errors import InputError
 from refimpl.text.builtin import PLAIN, STEP
-from refimpl.text.conversation import Conversation, checked
+from refimpl.text.conversation import ROLES, Conversation, checked
 from refimpl.text.output import Piece
 from refimpl.text.session import ChatSession
 from refimpl.text.template import ChatTemplate
@@ -243,6 +245,30 @@ def test_tools_need_a_template_that_knows_them(chat) -> None:
 def test_messages_that_are_none_are_refused(message, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         checked(message)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(ROLES),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(st.sampled_from(["function", "name", "arguments", "id", "content"]), x)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls", "reasoning_content", "name"]), JSON
+    )
+)
+def test_any_object_is_a_message_or_refused(message) -> None:
+    try:
+        made = checked(message)
+    except InputError:
+        return
+    assert made["role"] in ROLES and isinstance(made["content"], str)
+    assert all(isinstance(c["function"]["arguments"], dict) for c in made.get("tool_calls") or [])
 
 
 def test_arguments_may_come_as_json_text() -> None:
