@@ -117,7 +117,12 @@ def measure(
 
 
 def _llama(program: str | None, no_amx: str | None) -> dict[str, Runner]:
-    from bench.runners.llamacpp import LlamaBenchRunner, LlamaCppPythonRunner, find_llama_bench
+    from bench.runners.llamacpp import (
+        VARIANTS,
+        LlamaBenchRunner,
+        LlamaCppPythonRunner,
+        find_llama_bench,
+    )
 
     found = find_llama_bench(program)
     runners: dict[str, Runner]
@@ -125,7 +130,7 @@ def _llama(program: str | None, no_amx: str | None) -> dict[str, Runner]:
         note("note: no llama-bench on the PATH; llama-cpp-python runs its default variant only")
         runners = {"default": LlamaCppPythonRunner()}
     else:
-        runners = {v: LlamaBenchRunner(found, v) for v in ("default", "no-repack")}
+        runners = {v: LlamaBenchRunner(found, v) for v in VARIANTS}
     if no_amx:
         path = find_llama_bench(no_amx)
         assert path is not None

@@ -23,6 +23,11 @@ _CAPTIONS = {
     "drafts": "The draft-and-verify loop over the same loop without drafts.",
     "micro-batch": "Prefill against the number of rows that run through the model at once.",
 }
+_VARIANT_CASES = ("variants-decode", "variants-prefill")
+_VARIANTS = (
+    "All of them on the Q4_K_S slice; the comparisons above take the better one of default and "
+    "no-repack for each type and test."
+)
 _ROUGH_UNITS = {"x": ("{:.2f}", 1.0), "%": ("{:.0f} %", 100.0), "MB": ("{:.0f} MB", 1.0)}
 
 
@@ -116,6 +121,8 @@ def report_text(f: Figures, folder: str, pictures: Iterable[str]) -> str:
         if any(f.newest(depth_case(kv)) for kv in KV_TYPES)
         else []
     )
+    if any(f.newest(name) for name in _VARIANT_CASES):
+        parts += ["## Variants of llama.cpp", _VARIANTS, markdown(*_variants(f))]
     parts += ["## Verification of drafts", markdown(*_verification(f))]
     parts += ["## Rounds", _method(folder), markdown(*_rounds(f))]
     return "\n\n".join(parts) + "\n"
@@ -198,6 +205,15 @@ def _depths(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
 def _cache_megabytes(record: dict[str, Any]) -> float | None:
     resident = record.get("resident")
     return resident["cache_bytes"] / 1e6 if resident else None
+
+
+def _variants(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    names = dict.fromkeys(k for name in _VARIANT_CASES for r in f.newest(name) for k in r.arms)
+    rows: list[tuple[str, ...]] = []
+    for label in names:
+        speeds = [f.per_round(n, label, lambda _, m: m.median_ts) for n in _VARIANT_CASES]
+        rows.append((label, *(_plain(s, 1) for s in speeds)))
+    return ("variant", "decode, tokens/s", "prefill of 512, tokens/s"), rows
 
 
 def _verification(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bench.interleave import Arm
 from bench.runners.base import Runner, RunnerError, RunnerTest
+from bench.runners.llamacpp import VARIANTS
 from bench.runners.refimpl import RefimplRunner
 from hwmodel.errors import RequestError
 
@@ -82,6 +83,7 @@ def cases(threads: int) -> tuple[Case, ...]:
     mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=128)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))
     out += [*(_depth(kv, threads) for kv in KV_TYPES), _depth_llama(threads)]
+    out += [_variants("decode", threads), _variants("prefill", threads)]
     out += [_threads("q4_0", threads), _threads("q4_k_s", threads), _micro_batch(threads)]
     return tuple(out)
 
@@ -93,6 +95,14 @@ def _against_llama(name: str, model: str, test: RunnerTest, what: str) -> Case:
         Entry("llama.cpp no-repack", test, "no-repack"),
     )
     return Case(name, model, f"{what} against llama.cpp", entries)
+
+
+def _variants(what: str, threads: int) -> Case:
+    """All variants of llama.cpp, once: is one better than those that every case has?"""
+    base = RunnerTest(_path("q4_k_s"), threads=threads, repetitions=2)
+    test = replace(base, n_gen=32) if what == "decode" else replace(base, n_prompt=512)
+    entries = tuple(Entry(f"llama.cpp {v}", test, v) for v in VARIANTS)
+    return Case(f"variants-{what}", "q4_k_s", f"variants of llama.cpp, {what}", entries)
 
 
 def _verify(kind: str, threads: int) -> Case:

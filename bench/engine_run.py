@@ -72,9 +72,10 @@ def warm_up(cases: Iterable[Case], models: Path) -> Iterator[str]:
     """
     done: set[tuple[Any, ...]] = set()
     for case in cases:
-        for arm in arms(case, models, {}):
+        own = replace(case, entries=tuple(e for e in case.entries if not e.variant))
+        for arm in arms(own, models, {}) if own.entries else ():
             t = replace(arm.test, repetitions=1, n_depth=0, synthetic_kv=False)
-            t = replace(t, n_gen=min(t.n_gen, 4), n_prompt=min(t.n_prompt, 8))
+            t = replace(t, n_gen=min(t.n_gen, 4), n_prompt=min(t.n_prompt, 64))
             key = (t.model, t.n_rows > 1, bool(t.mtp), t.kv_type, bool(t.n_prompt))
             if key in done:
                 continue

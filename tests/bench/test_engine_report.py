@@ -91,6 +91,9 @@ def test_variants_of_llama_cpp_join_where_they_are_there(tmp_path: Path) -> None
     only_llama = replace(a_case("decode-q4_0"), entries=a_case("decode-q4_0").entries[1:])
     with pytest.raises(RunnerError, match="is llama-bench missing"):
         arms(only_llama, tmp_path, {})
+    assert (
+        arms(a_case("variants-decode"), tmp_path, {"fa-on": Fake()})[0].label == "llama.cpp fa-on"
+    )
 
 
 def test_missing_slices_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
