@@ -1,0 +1,66 @@
+"""`hwmodel frontier`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+BUY = (
+    "m4max", "m3-ultra", "dgx-spark", "ryzen-ai-max-395", "rtx3090", "rtx4090", "rtx5090",
+    "rtx-pro-6000", "h100",
+)  # fmt: skip
+
+
+@click.command()
+@click.option(
+    "--device", "devices", multiple=True, metavar="NAME",
+    help="May be given several times. [default: nine common ones]",
+)  # fmt: skip
+@click.option("--rack", metavar="NAME", help="Many users on up to --most of this device instead.")
+@click.option("--most", type=int, default=64, show_default=True, metavar="N", help="Devices.")
+@click.option("--budget", type=float, metavar="USD", help="Machines that cost no more.")
+@click.option("--context", default="32768", show_default=True, metavar="N", help="Tokens to hold.")
+@click.option("--quant", metavar="TYPE", help="Only this type.")
+@click.option("--engine", metavar="NAME", help="Only this engine (--rack).")
+@click.option("--ram", type=float, metavar="GB", help="Host memory for experts beside cards.")
+@click.option("--rent", type=float, metavar="USD", help="Rent of one device and hour (--rack).")
+@click.option("--model", default="step-3.5-flash", metavar="NAME|FILE", help="Another model.")
+@click.option("--plot", metavar="FILE", help="Draw it into a .png or .svg file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def frontier(
+    devices: tuple[str, ...], rack: str | None, model: str, context: str, plot: str | None,
+    as_json: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Machines that none beats in price, speed and quality; or a rack's speed against its cost.
+
+    \b
+    Examples:
+      hwmodel frontier --budget 12000
+      hwmodel frontier --rack h100 --context 8K --quant fp8
+    """
+    from hwmodel.catalogue import find_model
+    from hwmodel.cli_support import print_json
+    from hwmodel.frontier import buying
+    from hwmodel.frontier import rack as rack_of
+    from hwmodel.frontier_view import offers_json, offers_text, rack_json, rack_text
+
+    shape = find_model(model)
+    found: Any
+    shown: Any
+    if rack is not None:
+        keys = ("engine", "quant", "most", "rent")
+        shown = rack_of(rack, shape, context, **{k: given[k] for k in keys})
+        found, text = rack_json(shown), rack_text(shown)
+    else:
+        wishes = (given["budget"], given["quant"], given["ram"])
+        shown = buying(devices or BUY, shape, context, *wishes)
+        found, text = offers_json(shown), offers_text(shown)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(text)
+    if plot is not None:
+        from hwmodel.pictures import draw_frontier
+
+        draw_frontier(shown, plot)

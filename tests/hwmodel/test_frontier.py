@@ -1,0 +1,83 @@
+"""Frontiers: nothing on them is beaten, nothing unbeaten is left out, commands are exact."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from hwmodel.cli import main
+from hwmodel.errors import RequestError
+from hwmodel.frontier import buying, pareto, rack
+from hwmodel.model import step_shape
+from hwmodel.search import why_illegal
+
+STEP = step_shape()
+
+
+def test_pareto_keeps_what_nothing_beats() -> None:
+    points = [(1, 9), (5, 5), (9, 1), (4, 4), (5, 3), (5, 5.01)]
+    kept = pareto(points, (lambda p: p[0], lambda p: p[1]))
+    assert kept == [(1, 9), (5, 5), (9, 1), (5, 5.01)]  # within one percent both stay
+
+
+def test_machines_for_more_money_are_faster_or_better() -> None:
+    offers = buying(("m4max", "dgx-spark", "rtx4090", "m3-ultra"), STEP, 32768)
+    for i, cheap in enumerate(offers):
+        for dear in offers[i + 1 :]:
+            if dear.price_usd > 1.01 * cheap.price_usd:
+                assert dear.tok_s > cheap.tok_s or dear.loss < cheap.loss
+
+
+def test_a_budget_holds_and_one_that_buys_nothing_is_refused() -> None:
+    offers = buying(("m4max", "rtx4090", "h100"), STEP, 32768, budget_usd=9000)
+    assert offers and all(o.price_usd <= 9000 for o in offers)
+    with pytest.raises(RequestError, match=r"expected 3,699 dollars or more"):
+        buying(("m4max",), STEP, 32768, budget_usd=100)
+
+
+def test_every_machine_of_the_frontier_holds_the_model() -> None:
+    for offer in buying(("m4max", "rtx3090"), STEP, 32768, ram_gb=128):
+        assert offer.candidate.holds and offer.command
+
+
+def test_a_rack_trades_speed_for_tokens_per_dollar() -> None:
+    points = rack("h100", STEP, 8192)
+    speeds = [p.user_tok_s for p in points]
+    value = [p.tokens_per_usd for p in points]
+    assert speeds == sorted(speeds, reverse=True) and value == sorted(value)
+    assert points[-1].serving.batch > points[0].serving.batch
+    assert {p.candidate.count for p in points} <= {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_every_group_of_a_rack_is_legal_and_its_command_names_it() -> None:
+    for p in rack("h100", STEP, 8192, engine="vllm", quant="fp8"):
+        run = p.candidate.run
+        assert why_illegal(STEP, run.quant, run.placement.split, p.candidate.count) is None
+        assert f"--tensor-parallel-size {p.candidate.count} " in p.command
+        assert f"--max-num-seqs {p.serving.batch} " in p.command
+
+
+def test_tokens_per_dollar_are_the_arithmetic_of_an_hour() -> None:
+    point = rack("h100", STEP, 8192, rent=2.0)[0]
+    hour = 3600 * point.serving.batch * point.user_tok_s
+    assert point.tokens_per_usd == pytest.approx(hour / (2.0 * point.candidate.count))
+
+
+def test_a_rack_without_a_price_asks_for_one() -> None:
+    with pytest.raises(RequestError, match="--rent USD adds it"):
+        rack("h20", STEP, 8192)
+    assert rack("h20", STEP, 8192, rent=2.0)
+
+
+@pytest.mark.parametrize("most", [0, 65])
+def test_a_rack_has_at_most_64_devices(most: int) -> None:
+    with pytest.raises(RequestError, match="expected 1 to 64"):
+        rack("h100", STEP, 8192, most=most)
+
+
+def test_the_commands_print_tables_and_json() -> None:
+    text = CliRunner().invoke(main, ["frontier", "--device", "m4max"])
+    assert text.exit_code == 0 and "llama-server" in text.output
+    args = ["frontier", "--rack", "h100", "--context", "8K", "--json"]
+    rows = json.loads(CliRunner().invoke(main, args).output)
+    assert all(r["tokens_per_usd"] > 0 and r["command"] for r in rows)
