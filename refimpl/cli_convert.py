@@ -64,8 +64,8 @@ def convert(
     began = time.monotonic()
     with _notes_beside_a_bar() as (move, say):
         run(model_path(src), out, file_type, not no_mtp, move, name, force, say, threads)
-    size, seconds = _size(Path(out)), time.monotonic() - began
-    note(f"wrote {out}: {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / seconds / 1e6:.0f} MB/s)")
+    seconds = time.monotonic() - began
+    note(f"wrote {out}: {_size(Path(out)) / 1e6:,.1f} MB in {seconds:.1f} s")
 
 
 def _size(path: Path) -> int:
