@@ -229,7 +229,7 @@ def open_bench(
         stack.enter_context(quiet())
         for warning in source.warnings:
             note(f"note: {warning}")
-        backend = _backend(source, settings)
+        backend = _backend(source, settings, note)
         if hasattr(backend, "close"):
             stack.callback(backend.close)
         _touch(source)
@@ -237,20 +237,22 @@ def open_bench(
         yield Bench(path, source, backend, settings, tokenizer)
 
 
-def _backend(source: StoredSource, settings: Settings) -> Backend:
+def _backend(source: StoredSource, settings: Settings, note: Note) -> Backend:
     if settings.backend == "reference":
         from refimpl.reference.model import ReferenceModel
 
         return ReferenceModel(source)
+    from refimpl.engine.jit import announced
     from refimpl.engine.model import MICRO_BATCH, EngineModel
 
-    return EngineModel(
-        source,
-        threads=settings.threads,
-        exact=settings.exact,
-        kv_type=settings.kv_type,
-        micro_batch=settings.micro_batch or MICRO_BATCH,
-    )
+    with announced(lambda: note("compiling kernels for this CPU, once")):
+        return EngineModel(
+            source,
+            threads=settings.threads,
+            exact=settings.exact,
+            kv_type=settings.kv_type,
+            micro_batch=settings.micro_batch or MICRO_BATCH,
+        )
 
 
 def _counter(source: StoredSource, backend: Backend) -> TrafficCounter | None:
