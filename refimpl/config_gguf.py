@@ -33,7 +33,7 @@ def from_gguf(
         ConfigError: a key is missing, has the wrong type or contradicts another.
     """
     architecture = keys.get("general.architecture")
-    if architecture != GGUF_ARCHITECTURE:
+    if not isinstance(architecture, str) or architecture != GGUF_ARCHITECTURE:
         raise CheckpointError(
             f"general.architecture is {architecture!r}, expected '{GGUF_ARCHITECTURE}' "
             "(Step 3.5 / 3.7 Flash)"
@@ -46,8 +46,8 @@ def from_gguf(
         problem = f"is {blocks} with nextn_predict_layers {mtp}"
         raise ConfigError(_PREFIX + "block_count", problem)
     sliding = r.per_layer("attention.sliding_window_pattern", blocks)
-    heads = [int(h) for h in r.per_layer("attention.head_count", blocks)]
-    groups = {int(h) for h in r.per_layer("attention.head_count_kv", blocks)}
+    heads = r.integers("attention.head_count", blocks)
+    groups = set(r.integers("attention.head_count_kv", blocks))
     if len(groups) != 1:
         raise ConfigError(_PREFIX + "attention.head_count_kv", "differs between layers")
     kinds = [SLIDING if s else FULL for s in sliding]
@@ -214,6 +214,12 @@ class _Keys:
         if len(value) != n:
             raise ConfigError(_PREFIX + name, f"has {len(value)} entries, expected {n}")
         return list(value)
+
+    def integers(self, name: str, n: int) -> list[int]:
+        values = self.per_layer(name, n)
+        if not all(float(v).is_integer() for v in values):
+            raise ConfigError(_PREFIX + name, f"is {values!r}, expected integers")
+        return [int(v) for v in values]
 
 
 def _is_list(value: Any) -> bool:

@@ -33,7 +33,7 @@ def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
     if count <= 1:
         return first
     match = _NAME.fullmatch(path.name)
-    number = first.metadata.get("split.no")
+    number = _number(first, "split.no")
     if match is None or int(match[3]) != count:
         raise CheckpointError(
             f"{path}: one of {count} parts, expected a name ending in -00001-of-{count:05d}.gguf"
@@ -52,7 +52,7 @@ def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
                 continue
             raise CheckpointError(f"{other}: part {i + 1} of {count} is missing; download it too")
         part = read_gguf(other)
-        if part.metadata.get("split.no") != i or part.metadata.get("split.count") != count:
+        if _number(part, "split.no") != i or _number(part, "split.count") != count:
             raise CheckpointError(f"{other}: is not part {i + 1} of {count} of this model")
         twice = sorted(tensors.keys() & part.tensors.keys())
         if twice:
@@ -65,3 +65,9 @@ def read_gguf_parts(path: Path, partial: bool = False) -> GgufFile:
             f"{path}: its {count} parts hold {len(tensors)} tensors, split.tensors.count is {total}"
         )
     return GgufFile(path, first.metadata, tensors, tuple(missing), part_of)
+
+
+def _number(file: GgufFile, key: str) -> int | None:
+    """An integer of the metadata; None if it is missing or anything else."""
+    value = file.metadata.get(key)
+    return value if type(value) is int else None

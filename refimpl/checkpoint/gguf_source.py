@@ -71,7 +71,7 @@ def config_of(file: GgufFile) -> ModelConfig:
         ConfigError, CheckpointError: another architecture, or keys that contradict each other.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture != GGUF_ARCHITECTURE:
+    if not isinstance(architecture, str) or architecture != GGUF_ARCHITECTURE:
         raise CheckpointError(
             f"{file.path}: general.architecture is {str(architecture)[:50]!r}, expected "
             f"'{GGUF_ARCHITECTURE}' (Step 3.5 / 3.7 Flash)"
@@ -89,8 +89,10 @@ def config_of(file: GgufFile) -> ModelConfig:
 def _config_of_parts(file: GgufFile, embedding: GgufTensor | None) -> ModelConfig:
     """The configuration where parts are missing: from keys, and never without the divisors of
     RoPE, whose absence would mean that there are none."""
-    tokens = file.metadata.get("tokenizer.ggml.tokens", ())
-    size = embedding.dims[-1] if embedding is not None else len(tokens)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    size = len(tokens) if isinstance(tokens, Sequence) else 0
+    if embedding is not None:
+        size = embedding.dims[-1]
     for name, there in (("rope_freqs.weight", "rope_freqs.weight" in file.tensors),
                         ("token_embd.weight", size > 0)):  # fmt: skip
         if not there:
