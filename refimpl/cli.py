@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         "convert": "refimpl.cli_convert:convert",
         "golden": "refimpl.cli_golden:golden",
         "inspect": "refimpl.cli_inspect:inspect",
+        "perplexity": "refimpl.cli_perplexity:perplexity",
         "synth": "refimpl.cli_synth:synth",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
