@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -53,15 +56,30 @@ def measure_cases(
         return {**machine_state(), "amx": "amx-tile" in cpu_features()}
 
     team = Team(threads)
-    try:
+    with contextlib.closing(team), _termination_is_an_interrupt():
         for case in cases:
             run_rounds(
                 case.name, arms(case, models, llama), rounds,
                 probe, f"{cpu_name()}, {threads} threads", keep, state, note,
             )  # fmt: skip
-    finally:
-        team.close()
     return made
+
+
+@contextlib.contextmanager
+def _termination_is_an_interrupt() -> Iterator[None]:
+    """SIGTERM (from `timeout`, say) ends the engine that is running too, as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def warm_up(cases: Iterable[Case], models: Path) -> Iterator[str]:

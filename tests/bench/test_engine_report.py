@@ -11,7 +11,7 @@ from bench.cli import main
 from bench.engine_cases import Case, arms, cases, chosen, make_models, slice_name
 from bench.engine_figures import Figures, Row, rows_of
 from bench.interleave import Ratio, Round, append_round, read_rounds
-from bench.runners.base import Measurement, RunnerError
+from bench.runners.base import Measurement, RunnerError, RunnerTest
 from hwmodel.errors import RequestError
 
 PLAIN_BYTES, PROBE = 700e6, 100e9
@@ -108,6 +108,45 @@ def test_missing_slices_are_written_once(tmp_path: Path, monkeypatch: pytest.Mon
         make_models(tmp_path / "slices", ["q4_0", "q4_k_s-mtp3", "mini"])
     assert written == [("slice_q4_0.gguf", "q4_0", 0), ("slice_q4_k_s_mtp3.gguf", "q4_k_s", 3)]
     assert slice_name("q8_0") == "slice_q8_0.gguf"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunnerTest]:
+    """The tests that refimpl is asked for; its answers and the probe's are made up."""
+    tests: list[RunnerTest] = []
+
+    def measure(self: object, test: RunnerTest) -> Measurement:
+        tests.append(test)
+        return decode(100.0)
+
+    monkeypatch.setattr("bench.runners.refimpl.RefimplRunner.measure", measure)
+    monkeypatch.setattr("refimpl.engine.probe.read_bandwidth", lambda *_: (PROBE,) * 3)
+    return tests
+
+
+def test_rounds_are_added_call_by_call(tmp_path: Path, asked: list[RunnerTest]) -> None:
+    args = ("measure", "--only", "decode-mini", "--only", "verify-mini", "--no-llama")
+    for count in (1, 2):
+        result = run(
+            *args, "--data", str(tmp_path), "--rounds", str(count), "--threads", "2", "--json"
+        )
+        assert result.exit_code == 0, result.output
+        made = json.loads(result.stdout)
+        assert [r["case"] for r in made] == ["verify-mini"] * count + ["decode-mini"] * count
+        assert made[-1]["tokens_per_s"] == {"refimpl": 100.0}
+    found = read_rounds(tmp_path / "rounds.jsonl")
+    assert [r.case for r in found].count("decode-mini") == 3
+    assert found[0].state["memory_total_bytes"] > 0 and found[0].probe == PROBE
+    assert {t.n_rows for t in asked} == {1, 2, 3, 4}
+
+
+def test_preparing_warms_every_kernel_once(tmp_path: Path, asked: list[RunnerTest]) -> None:
+    result = run("prepare", "--only", "drafts-mini", "--only", "decode-mini", "--json",
+                 "--models", str(tmp_path))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [c["case"] for c in json.loads(result.stdout)] == ["drafts-mini", "decode-mini"]
+    assert {(bool(t.mtp), t.repetitions, t.n_gen) for t in asked} == {(True, 1, 4), (False, 1, 4)}
+    assert len(asked) == 2
 
 
 def test_decode_is_judged_against_the_best_variant_of_llama_cpp() -> None:
