@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         "golden": "refimpl.cli_golden:golden",
         "inspect": "refimpl.cli_inspect:inspect",
         "perplexity": "refimpl.cli_perplexity:perplexity",
+        "stats": "refimpl.cli_stats:stats",
         "synth": "refimpl.cli_synth:synth",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
