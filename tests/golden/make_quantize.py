@@ -13,7 +13,7 @@ tests/golden/quantize.json, which the tests read, and prints what differs:
   source, for the embedded model's trained weights, Gaussian ones and ones with outliers. No
   importance matrix;
 * running: the embedded model in each type in llama.cpp, against the reference and the engine on
-  the same file: how often the most probable token agrees over the bundled prompts. llama.cpp
+  the same file: how often the most probable token agrees over the first bundled prompts. llama.cpp
   and the engine round activations to 8 bits, the reference does not.
 """
 
@@ -44,7 +44,7 @@ from refimpl.inventory import gguf_inventory
 
 MIXED = [name for name in MIXTURES if name not in ("f32", "f16", "bf16")]
 PARTS = ["types", "errors", "running"]
-PROMPT_TOKENS = 192
+PROMPTS, PROMPT_TOKENS = 6, 192
 _LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) +- \[.*\], type = +(\S+), size = (.*)$")
 _TO = re.compile(r"\((\w+)\)$")
 
@@ -201,7 +201,7 @@ def run_files(work: Path) -> dict[str, Any]:
 
     tokenizer = tokenizer_of(MINI)
     assert tokenizer is not None
-    texts = [tokenizer.encode(p.text)[-PROMPT_TOKENS:] for p in prompts.load()]
+    texts = [tokenizer.encode(p.text)[-PROMPT_TOKENS:] for p in prompts.load()[:PROMPTS]]
     exact = logits(open_backend(open_checkpoint(MINI), "reference"), texts)
     found: dict[str, Any] = {}
     for name in ["f32", *MIXED]:

@@ -30,16 +30,18 @@ SEED = 11
 
 
 def wide() -> ModelConfig:
-    """tiny_a with rows that fill blocks of 256 values everywhere."""
+    """tiny_a with rows that fill blocks of 256 values, but for some of attn_output's."""
     return dataclasses.replace(
         PRESETS["tiny_a"](), hidden_size=256, intermediate_size=512, head_dim=64,
-        sliding_attention_heads=8, moe_intermediate_size=256, share_expert_dim=256, vocab_size=512,
+        moe_intermediate_size=256, share_expert_dim=256, vocab_size=512,
     )  # fmt: skip
 
 
 def odd() -> ModelConfig:
     """Rows of 256, of 96 and of 40 values: blocks of 256, blocks of 32, none."""
-    return dataclasses.replace(wide(), moe_intermediate_size=96, share_expert_dim=40)
+    return dataclasses.replace(
+        wide(), moe_intermediate_size=96, share_expert_dim=40, sliding_attention_heads=8
+    )
 
 
 def mini() -> ModelConfig:
