@@ -61,7 +61,7 @@ _GROUP = {  # form: (values in a group, bytes of a group)
     QUADS_16: (128, 256),
     QUADS_128: (128, 256),
     QUADS_MIN: (128, 256),
-    PAIRS: (64, 192),
+    PAIRS: (64, 128),
     SUPER_MIN: (256, 384),
     SUPER: (256, 384),
     SUPER_HALVES: (256, 384),
@@ -85,6 +85,11 @@ def form_of(simd: Simd, fmt: Format, exact: bool) -> int:
     if exact or not simd.integer or not fmt.kind512:
         return FLOAT
     return _FORM512[fmt.kind512, fmt.offset] if simd.name == "avx512" else NATURAL
+
+
+def activation_bytes(fmt: Format) -> int:
+    """Bytes of activations for one step of the AVX512 kernel of a block type."""
+    return _GROUP[_FORM512[fmt.kind512, fmt.offset]][1]
 
 
 def form_bytes(form: int, columns: int) -> int:
@@ -225,14 +230,12 @@ def _quads(scratch, columns, out, factor):
 
 @device(types.void)
 def _pairs(scratch, columns, out):
-    """Groups of 64: two blocks, their scales over eight lanes each, -128 x sums of four codes."""
-    padded = _padded(columns)
-    quads, scales = scratch + padded, scratch + 2 * padded
+    """Groups of 64: two blocks, 128 added to their codes; their scales over eight lanes each."""
+    scales = scratch + 2 * _padded(columns)
     for block in range((columns + 63) // 64 * 2):
-        to = out + (block // 2) * 192 + (block % 2) * 32
-        store(to, load(I8x32, scratch + 32 * block))
+        to = out + (block // 2) * 128 + (block % 2) * 32
+        store(to, load(I8x32, scratch + 32 * block) ^ splat(I8x32, np.int8(-128)))
         store(to + 64, splat(F32x8, load_f32(scales + 4 * block)))
-        store(to + 128, load(I32x8, quads + 32 * block) * splat(I32x8, np.int32(-128)))
 
 
 @device(types.void)

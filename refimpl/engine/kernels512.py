@@ -1,8 +1,9 @@
-"""Integer kernels for AVX512 with VNNI and VBMI: three templates for eight block types.
+"""Integer kernels for AVX512 with VNNI and VBMI: one template, eight block types.
 
-Products of unsigned codes and int8 activations are summed in integers within a block, scaled in
-float32, and added to 16 lanes that are summed once per row. Activations come in the order in
-which a format's codes fall (`refimpl.engine.activations`):
+Products of unsigned codes and int8 activations (Q8_0: signed codes and unsigned activations) are
+summed in integers within a block, scaled in float32, and added to 16 lanes that are summed once
+per row. Activations come in the order in which a format's codes fall (`refimpl.engine.
+activations`):
 
 * *quads* (Q4_0, Q5_0, Q5_1, IQ4_NL): four blocks at a time; a vector holds the low nibbles (first
   16 values) of four blocks, another the high ones, so that four lanes belong to each block;
@@ -10,6 +11,10 @@ which a format's codes fall (`refimpl.engine.activations`):
 * *super* (Q4_K, Q5_K, Q6_K, IQ4_XS): four vectors of 64 codes of one block of 256, whose 16 scales
   are multiplied with the activations' 16 factors at once and then spread over the lanes. A
   second set of factors adds what does not depend on the codes (minimum or offset).
+
+Such a piece of a row is a *step*: `decoded` gives its codes and scales, `added` adds its products
+with one row of activations. (Two weight rows at a time, which halves the loads of activations, gain
+nothing within the caches and halve the speed at which memory is read.)
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import Any
 
 from numba import types
 
+from refimpl.engine.activations import activation_bytes
 from refimpl.engine.formats import IQ4_VALUES, Format
 from refimpl.engine.jit import cfunc, njit, overload
 from refimpl.engine.kernels import OPTIONS, PREFETCH_BYTES, SIGNATURE
@@ -68,13 +74,67 @@ _INLINE = {"forceinline": True}
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
 
-def kernel512(simd: Simd, fmt: Format, rows: int) -> Any:
-    """The compiled kernel of a block format for M = `rows`."""
-    if fmt.kind512 == "pairs":
-        return _pairs_kernel(simd, fmt, rows)
-    if fmt.kind512.startswith("quads"):
-        return _quads_kernel(simd, fmt, rows)
-    return _super_kernel(simd, fmt, rows)
+def decoded(fmt: Any, w: int) -> Any:
+    """Codes and scales of one step."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def added(fmt: Any, step: Any, x: int, acc: Any) -> Any:
+    """acc (F32x16) + the products of a decoded step with its activations."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
+    """The compiled kernel of a block format for M = `count`.
+
+    Rows of 32-value blocks may have any number of them; the last ones of a row are copied to where
+    a whole step can be read.
+    """
+    block_bytes, blocks = fmt.block_bytes, _STEP_BLOCKS[fmt.kind512.partition("_")[0]]
+    size, values = blocks * block_bytes, blocks * fmt.block_values
+    x_size = activation_bytes(fmt)
+
+    @cfunc(SIGNATURE, **OPTIONS)
+    def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
+        simd  # noqa: B018  # part of the cache key
+        tail = stack(128)
+        whole, rest = columns // values, columns % values // 32
+        steps = whole + (rest > 0)
+        for r in range(rows):
+            at = w + r * row_bytes
+            a0 = a1 = a2 = a3 = zeros(F32x16)
+            for i in range(steps):
+                for line in range(0, size - 8, 64):
+                    prefetch(at + PREFETCH_BYTES + line)
+                if i == whole:
+                    at = _copied(tail, at, rest * block_bytes, size)
+                step = decoded(fmt, at)
+                at += size
+                x = i * x_size
+                a0 = added(fmt, step, x0 + x, a0)
+                if count > 1:
+                    a1 = added(fmt, step, x1 + x, a1)
+                if count > 2:
+                    a2 = added(fmt, step, x2 + x, a2)
+                    a3 = added(fmt, step, x3 + x, a3)
+            store_f32(y0 + 4 * r, reduce_add(a0))
+            if count > 1:
+                store_f32(y1 + 4 * r, reduce_add(a1))
+            if count > 2:
+                store_f32(y2 + 4 * r, reduce_add(a2))
+                store_f32(y3 + 4 * r, reduce_add(a3))
+
+    return rows512
+
+
+@njit(forceinline=True)
+def _copied(tail, w, count, size):
+    """Copy `count` bytes and fill up to `size` with zeros."""
+    for i in range(count):
+        store_i8(tail + i, load_u8(w + i))
+    for i in range(count, size):
+        store_i8(tail + i, 0)
+    return tail
 
 
 # ------------------------------------------------------------------ quads
@@ -144,110 +204,44 @@ def _quads(fmt, w):
     return {"Q4_0": q4_0, "IQ4_NL": iq4_nl, "Q5_0": q5_0, "Q5_1": q5_1}.get(name)
 
 
-@njit(forceinline=True)
-def _add_quads(low, high, d, minima, has_minimum, x, acc):
-    """acc + the products of four blocks with 128 activations."""
-    if has_minimum:
-        dot = dot64(zeros(I32x16), low, load(I8x64, x))
-        acc = fma(minima, load(F32x16, x + 192), acc)
-    else:
+def _added_quads(fmt):
+    if fmt.parameter.kind512 == "quads_min":
+
+        def with_minimum(fmt, step, x, acc):
+            low, high, d, minima = step
+            dot = dot64(dot64(zeros(I32x16), low, load(I8x64, x)), high, load(I8x64, x + 64))
+            acc = fma(minima, load(F32x16, x + 192), acc)
+            return fma(convert(F32x16, dot), d * load(F32x16, x + 128), acc)
+
+        return with_minimum
+
+    def with_offset(fmt, step, x, acc):
+        low, high, d, _ = step
         dot = dot64(load(I32x16, x + 192), low, load(I8x64, x))
-    dot = dot64(dot, high, load(I8x64, x + 64))
-    return fma(convert(F32x16, dot), d * load(F32x16, x + 128), acc)
+        dot = dot64(dot, high, load(I8x64, x + 64))
+        return fma(convert(F32x16, dot), d * load(F32x16, x + 128), acc)
 
-
-@njit(forceinline=True)
-def _copied(tail, w, count, size):
-    """Copy `count` bytes and fill up to `size` with zeros."""
-    for i in range(count):
-        store_i8(tail + i, load_u8(w + i))
-    for i in range(count, size):
-        store_i8(tail + i, 0)
-    return tail
-
-
-def _quads_kernel(simd: Simd, fmt: Format, count: int) -> Any:
-    """Rows of any number of blocks; the last ones of a row are copied to where four can be read."""
-    step = 4 * fmt.block_bytes
-    block_bytes = fmt.block_bytes
-    has_minimum = fmt.kind512 == "quads_min"
-
-    @cfunc(SIGNATURE, **OPTIONS)
-    def quads_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
-        simd  # noqa: B018  # part of the cache key
-        tail = stack(128)
-        whole, rest = columns // 128, columns % 128 // 32
-        steps = whole + (rest > 0)
-        for r in range(rows):
-            at = w + r * row_bytes
-            a0 = a1 = a2 = a3 = zeros(F32x16)
-            for i in range(steps):
-                prefetch(at + PREFETCH_BYTES)
-                if i == whole:
-                    at = _copied(tail, at, rest * block_bytes, step)
-                low, high, d, minima = quads(fmt, at)
-                at += step
-                x = i * 256
-                a0 = _add_quads(low, high, d, minima, has_minimum, x0 + x, a0)
-                if count > 1:
-                    a1 = _add_quads(low, high, d, minima, has_minimum, x1 + x, a1)
-                if count > 2:
-                    a2 = _add_quads(low, high, d, minima, has_minimum, x2 + x, a2)
-                    a3 = _add_quads(low, high, d, minima, has_minimum, x3 + x, a3)
-            store_f32(y0 + 4 * r, reduce_add(a0))
-            if count > 1:
-                store_f32(y1 + 4 * r, reduce_add(a1))
-            if count > 2:
-                store_f32(y2 + 4 * r, reduce_add(a2))
-                store_f32(y3 + 4 * r, reduce_add(a3))
-
-    return quads_rows
+    return with_offset
 
 
 # ------------------------------------------------------------------ pairs
 
 
 @njit(forceinline=True)
-def _add_pair(codes, d, x, acc):
-    """acc + the products of two blocks with 64 activations."""
-    dot = dot64(load(I32x16, x + 128), codes, load(I8x64, x))
-    return fma(convert(F32x16, dot), d * load(F32x16, x + 64), acc)
+def _q8_0(fmt, w):
+    """Codes of two blocks, -128 times their sums in the lanes, scales."""
+    codes = join_i8x32(load(I8x32, w + 2), load(I8x32, w + 36))
+    sums = dot64(zeros(I32x16), splat(I8x64, -128), codes)  # 128 without sign
+    return codes, zeros(I32x16) - sums, repeated_halves(w, 34, 2)
 
 
-def _pairs_kernel(simd: Simd, fmt: Format, count: int) -> Any:
-    """Q8_0; signed codes become unsigned by flipping their highest bit, which adds 128."""
+def _added_pairs(fmt):
+    def pairs(fmt, step, x, acc):
+        codes, start, d = step
+        dot = dot64(start, load(I8x64, x), codes)
+        return fma(convert(F32x16, dot), d * load(F32x16, x + 64), acc)
 
-    @cfunc(SIGNATURE, **OPTIONS)
-    def pairs_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
-        simd, fmt  # noqa: B018  # part of the cache key
-        tail = stack(128)
-        whole, rest = columns // 64, columns % 64 // 32
-        for r in range(rows):
-            at = w + r * row_bytes
-            a0 = a1 = a2 = a3 = zeros(F32x16)
-            for i in range(whole + rest):
-                prefetch(at + PREFETCH_BYTES)
-                if i == whole:
-                    at = _copied(tail, at, 34, 68)
-                both = join_i8x32(load(I8x32, at + 2), load(I8x32, at + 36))
-                codes = both ^ splat(I8x64, -128)
-                d = repeated_halves(at, 34, 2)
-                at += 68
-                x = i * 192
-                a0 = _add_pair(codes, d, x0 + x, a0)
-                if count > 1:
-                    a1 = _add_pair(codes, d, x1 + x, a1)
-                if count > 2:
-                    a2 = _add_pair(codes, d, x2 + x, a2)
-                    a3 = _add_pair(codes, d, x3 + x, a3)
-            store_f32(y0 + 4 * r, reduce_add(a0))
-            if count > 1:
-                store_f32(y1 + 4 * r, reduce_add(a1))
-            if count > 2:
-                store_f32(y2 + 4 * r, reduce_add(a2))
-                store_f32(y3 + 4 * r, reduce_add(a3))
-
-    return pairs_rows
+    return pairs
 
 
 # ------------------------------------------------------------------ super-blocks
@@ -378,46 +372,38 @@ def _iq4_xs_scales(w):
     return convert(F32x16, lanes) * splat(F32x16, load_f16(w))
 
 
-@njit(forceinline=True)
-def _add_super(fmt, c0, c1, c2, c3, scales, x, acc):
-    """acc + the products of one block with 256 activations."""
-    acc = fma(scales, load(F32x16, x + 320), acc)
-    f0, f1, f2, f3 = spread(fmt, scales * load(F32x16, x + 256))
-    none = zeros(I32x16)
-    acc = fma(convert(F32x16, dot64(none, c0, load(I8x64, x))), f0, acc)
-    acc = fma(convert(F32x16, dot64(none, c1, load(I8x64, x + 64))), f1, acc)
-    acc = fma(convert(F32x16, dot64(none, c2, load(I8x64, x + 128))), f2, acc)
-    return fma(convert(F32x16, dot64(none, c3, load(I8x64, x + 192))), f3, acc)
+def _added_super(fmt):
+    def block(fmt, step, x, acc):
+        c0, c1, c2, c3, scales = step
+        none = zeros(I32x16)
+        f0, f1, f2, f3 = spread(fmt, scales * load(F32x16, x + 256))
+        # summed apart, so that one block need not wait for the sum of the one before
+        part = scales * load(F32x16, x + 320)
+        part = fma(convert(F32x16, dot64(none, c0, load(I8x64, x))), f0, part)
+        part = fma(convert(F32x16, dot64(none, c1, load(I8x64, x + 64))), f1, part)
+        part = fma(convert(F32x16, dot64(none, c2, load(I8x64, x + 128))), f2, part)
+        part = fma(convert(F32x16, dot64(none, c3, load(I8x64, x + 192))), f3, part)
+        return acc + part
+
+    return block
 
 
-def _super_kernel(simd: Simd, fmt: Format, count: int) -> Any:
-    """Q4_K, Q5_K, Q6_K, IQ4_XS."""
-    step = fmt.block_bytes
+# ------------------------------------------------------------------ choice
 
-    @cfunc(SIGNATURE, **OPTIONS)
-    def super_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
-        simd  # noqa: B018  # part of the cache key
-        blocks = columns // 256
-        for r in range(rows):
-            at = w + r * row_bytes
-            a0 = a1 = a2 = a3 = zeros(F32x16)
-            for i in range(blocks):
-                for line in range(0, step, 64):
-                    prefetch(at + PREFETCH_BYTES + line)
-                c0, c1, c2, c3, scales = super_codes(fmt, at)
-                at += step
-                x = i * 384
-                a0 = _add_super(fmt, c0, c1, c2, c3, scales, x0 + x, a0)
-                if count > 1:
-                    a1 = _add_super(fmt, c0, c1, c2, c3, scales, x1 + x, a1)
-                if count > 2:
-                    a2 = _add_super(fmt, c0, c1, c2, c3, scales, x2 + x, a2)
-                    a3 = _add_super(fmt, c0, c1, c2, c3, scales, x3 + x, a3)
-            store_f32(y0 + 4 * r, reduce_add(a0))
-            if count > 1:
-                store_f32(y1 + 4 * r, reduce_add(a1))
-            if count > 2:
-                store_f32(y2 + 4 * r, reduce_add(a2))
-                store_f32(y3 + 4 * r, reduce_add(a3))
+_STEP_BLOCKS = {"quads": 4, "pairs": 2, "super": 1}
 
-    return super_rows
+
+@overload(decoded, jit_options=_INLINE)
+def _decoded(fmt, w):
+    kind = fmt.parameter.kind512
+    if kind == "pairs":
+        return lambda fmt, w: _q8_0(fmt, w)
+    if kind.startswith("quads"):
+        return lambda fmt, w: quads(fmt, w)
+    return lambda fmt, w: super_codes(fmt, w)
+
+
+@overload(added, jit_options=_INLINE)
+def _added(fmt, step, x, acc):
+    kinds = {"quads": _added_quads, "pairs": _added_pairs, "super": _added_super}
+    return kinds[fmt.parameter.kind512.partition("_")[0]](fmt)
