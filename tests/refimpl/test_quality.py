@@ -1,0 +1,131 @@
+"""Perplexity, distances and statistics: the arithmetic, the commands, and what refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from hwmodel.model import shape_of_config
+from hwmodel.statistics_file import read_stats
+from refimpl.backends import open_model
+from refimpl.cli import main
+from refimpl.config_io import load_hf_config
+from refimpl.errors import InputError
+from refimpl.quality.clustered import mean
+from refimpl.quality.drafts import teacher_forced
+from refimpl.quality.perplexity import compare, measure
+from refimpl.quality.routing import distinct
+from refimpl.quality.windows import chunks, strided, windows_of
+
+BF16 = Path(__file__).parents[2] / "refimpl" / "mini" / "bf16"
+IDS = [int(i) for i in np.random.default_rng(1).integers(3, 4096, 200)]
+
+
+def test_chunks_judge_their_second_half() -> None:
+    made = list(chunks(range(20), 8, bos=99))
+    assert [w.tokens[0] for w in made] == [99, 99]
+    assert [(w.first, w.judged) for w in made] == [(4, 3), (4, 3)]
+
+
+def test_strided_windows_judge_every_token_once() -> None:
+    judged = [t for w in strided(range(50), 16, 5) for t in w.tokens[w.first + 1 :]]
+    assert judged == list(range(1, 50))
+
+
+def test_correlated_tokens_have_a_larger_error() -> None:
+    same = mean([np.full(100, 1.0), np.full(100, 3.0)])
+    assert (same.value, same.standard_error) == (2.0, pytest.approx(1.0))
+    assert mean([np.arange(4.0)]).standard_error is None
+
+
+def test_perplexity_equals_the_plain_computation() -> None:
+    with open_model("mini", "reference") as model:
+        windows = windows_of(IDS, model.backend.config, 64)
+        made = measure(model.backend, windows)
+        nats = []
+        for w in windows:
+            cache = model.backend.new_cache(64)
+            x = model.backend.prefill(w.tokens, cache, all_logits=True).logits.astype(float)
+            p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+            nats += [-math.log(p[i, w.tokens[i + 1]]) for i in range(32, 63)]
+    assert made.judged_tokens == len(nats) == 93
+    assert made.nats_per_token.value == pytest.approx(np.mean(nats), rel=1e-5)
+
+
+def test_a_model_is_at_no_distance_from_itself() -> None:
+    with open_model("mini", "engine") as model:
+        windows = windows_of(IDS, model.backend.config, 64)
+        _, d = compare(model.backend, model.backend, windows)
+    assert (d.kl_mean.value, d.kl_max, d.top1_agreement.value) == (0, 0, 1)
+    assert d.perplexity_ratio.value == 1
+
+
+def test_a_draft_counts_only_behind_those_that_stood() -> None:
+    greedy = np.array([1, 2, 3, 4, 5, 6])
+    right, wrong = np.array([2, 3, 4, 5, 6]), np.array([0, 0, 5, 6])
+    assert teacher_forced(greedy, [right, wrong]) == ([4, 4], [4, 2])
+    assert teacher_forced(greedy, [np.zeros(5), np.array([3, 4, 5, 6])]) == ([4, 0], [0, 0])
+
+
+def test_distinct_experts_of_neighbours() -> None:
+    chosen = np.array([[0, 1], [1, 2], [5, 6]])
+    assert distinct(chosen, 1, 8).tolist() == [2, 2, 2]
+    assert distinct(chosen, 2, 8).tolist() == [3, 4]
+    assert distinct(chosen, 3, 8).tolist() == [5]
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps(IDS))
+    return path
+
+
+def test_the_statistics_file_is_what_the_cost_model_reads(ids: Path, tmp_path: Path) -> None:
+    args = ["stats", "--tokens", str(ids), "--context", "64", "--loops", "1", "--json"]
+    done = CliRunner().invoke(main, [*args, "--new-tokens", "8"])
+    assert done.exit_code == 0, done.stderr
+    path = tmp_path / "stats.json"
+    path.write_text(done.stdout)
+    config = load_hf_config(BF16 / "config.json")
+    accepted, experts = read_stats(str(path), shape_of_config(config, "mini"))
+    record = json.loads(done.stdout)
+    assert accepted == tuple(record["acceptance_by_position"])
+    assert experts is not None and len(experts) == 8
+    assert experts[0] == config.moe_top_k
+    assert sum(record["expert_load"][0]) == 192 * config.moe_top_k
+
+
+def test_json_of_a_comparison(ids: Path) -> None:
+    args = ["perplexity", "--tokens", str(ids), "--context", "64", "--against", "mini", "--json"]
+    found = json.loads(CliRunner().invoke(main, args).stdout)
+    assert found["distance"]["kl_max"] == 0
+    assert found["judged_tokens"] == 93
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "give either --text FILE or --tokens FILE"),
+        (["--context", "128"], "expected at least 256"),
+        (["--context", "2"], "context is 2, expected 4 to 1024"),
+        (["--context", "64", "--stride", "64"], "stride is 64, expected 1 to 63"),
+        (["--max-tokens", "0"], "max-tokens is 0"),
+    ],
+)
+def test_mistakes_get_a_sentence(args: list[str], sentence: str, ids: Path) -> None:
+    given = ["--tokens", str(ids)] if args else []
+    done = CliRunner().invoke(main, ["perplexity", *given, *args])
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_tokens_outside_the_vocabulary() -> None:
+    with open_model("mini", "reference") as model, pytest.raises(InputError, match="5000"):
+        windows_of([5000] * 200, model.backend.config, 64)
