@@ -90,7 +90,6 @@ MISTAKES = [
     (["generate", "--tokens", "range.json"], "token 1 of the prompt is 999"),
     (["generate", "--tokens", "long.json"], "has 600 tokens, the context holds 512"),
     (["generate", "x", "--max-new-tokens", "-5"], "max-new-tokens is -5"),
-    (["generate", "x", "--max-new-tokens", "0"], "max-new-tokens is 0"),
     (["generate", "x", "--max-new-tokens", "many"], "'many' is not a valid integer"),
     (["generate", "x", "--temperature", "-1"], "temperature is -1.0"),
     (["generate", "x", "--temperature", "nan"], "temperature is nan"),

@@ -149,3 +149,14 @@ def test_golden_files_of_both_backends_are_equal(gguf: str, ids: str, tmp_path: 
     assert run(*args, theirs).exit_code == 0
     done = run("golden", "compare", theirs, mine)
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "equal within 5e-05")
+
+
+def test_a_sparse_file_is_small_and_runs(tmp_path: Path, ids: str) -> None:
+    out = tmp_path / "sparse.gguf"
+    sizes = ("--experts", "8", "--vocab", "512", "--type", "q4_0")
+    assert run("synth", str(out), "--preset", "slice", "--sparse", *sizes).exit_code == 0
+    assert out.stat().st_size > 100 * 512 * out.stat().st_blocks
+    record = run_json("--tokens", ids, "--model", str(out), "--temperature", "1", "--seed", "3")
+    assert len(set(record["ids"])) > 6  # a head of zeros: every token is as probable
+    done = run("synth", str(tmp_path / "tiny.gguf"), "--sparse")
+    assert done.exit_code == 2 and "--sparse goes with slice and published" in done.stderr
