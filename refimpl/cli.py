@@ -198,6 +198,8 @@ def generate_options(given: dict[str, Any]) -> GenerateOptions:
     sampling = SamplingParams(**{name: given[name] for name in names})
     if sampling.greedy and any(given[n] for n in ("top_k", "min_p", "seed")):
         note("note: without --temperature the most probable token is taken; nothing is sampled")
+    elif given["mtp"] == "auto" and given["seed"] is not None and not sampling.greedy:
+        note("note: with --mtp auto a seed does not repeat a text; --mtp 0 to 3 do")
     return GenerateOptions(
         max_new_tokens=given["max_new_tokens"],
         sampling=sampling,

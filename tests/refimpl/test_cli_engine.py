@@ -151,6 +151,13 @@ def test_golden_files_of_both_backends_are_equal(gguf: str, ids: str, tmp_path: 
     assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "equal within 5e-05")
 
 
+def test_a_seed_repeats_a_text_unless_drafts_follow_measured_times(gguf: str, ids: str) -> None:
+    args = ("--tokens", ids, "--model", gguf, "--temperature", "1.5", "--seed", "7")
+    assert run_json(*args, "--mtp", "2")["ids"] == run_json(*args, "--mtp", "2")["ids"]
+    told = run("generate", *args, "--max-new-tokens", "2").stderr
+    assert "with --mtp auto a seed does not repeat a text" in told
+
+
 def test_a_sparse_file_is_small_and_runs(tmp_path: Path, ids: str) -> None:
     out = tmp_path / "sparse.gguf"
     sizes = ("--experts", "8", "--vocab", "512", "--type", "q4_0")
