@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from refimpl.backends import EMBEDDED_FILE, open_model
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.inspection import inspect
@@ -24,8 +26,9 @@ from refimpl.text.tokenizer import Tokenizer
 TYPES = ("f32", "q8_0", "q6_k", "q4_k_s", "iq4_xs", "q4_0")
 SHIPPED = "shipped q4_0"
 CONTEXT = 512
+CHUNKS = 32  # of the held-out text, evenly spaced
 STAT_CONTEXT = 256
-STAT_TOKENS = 16_384
+STAT_TOKENS = 8_192
 PROSE_WORDS = 8
 
 
@@ -95,9 +98,10 @@ def measure_types() -> dict[str, Any]:
         for name, ids in texts.items():
             cut = windows_of(ids, backend.config, STAT_CONTEXT, None, bos)
             engine: Any = backend
-            counted[name] = statistics(engine, cut[: STAT_TOKENS // STAT_CONTEXT], loops=16)
+            counted[name] = statistics(engine, cut[: STAT_TOKENS // STAT_CONTEXT], loops=4)
             print(f"statistics: {name} done", file=sys.stderr)
         windows = windows_of(code, backend.config, CONTEXT, None, bos)
+        windows = [windows[int(i)] for i in np.linspace(0, len(windows) - 1, CHUNKS)]
     with tempfile.TemporaryDirectory() as folder:
         rows = by_type(windows, Path(folder))
     return {"context": CONTEXT, "types": rows, "statistics": counted}
