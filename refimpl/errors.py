@@ -10,11 +10,18 @@ and exits with 2. Anything else that escapes is a bug.
 """
 
 _PROBLEM_CHARS = 400
+_MESSAGE_CHARS = 1500
 
 
 def escape(character: str) -> str:
     """A character that cannot be printed, such as \\x1b, as Python spells it."""
     return repr(character)[1:-1]
+
+
+def _shortened(text: str, limit: int) -> str:
+    """A text that may quote a value of any length, without its middle if it is too long."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 class RefimplError(ValueError):
@@ -27,17 +34,14 @@ class RefimplError(ValueError):
         line = " ".join(message.splitlines())
         if not line.isprintable():
             line = "".join(c if c.isprintable() else escape(c) for c in line)
-        super().__init__(line)
+        super().__init__(_shortened(line, _MESSAGE_CHARS))
 
 
 class ConfigError(RefimplError):
     """A configuration cannot be used; `field` names the key as spelled in the file."""
 
     def __init__(self, field: str, problem: str) -> None:
-        if len(problem) > _PROBLEM_CHARS:  # it quotes a value, which may have any length
-            half = _PROBLEM_CHARS // 2
-            problem = f"{problem[:half]} ... {problem[-half:]}"
-        super().__init__(f"config field '{field}': {problem}")
+        super().__init__(f"config field '{field}': {_shortened(problem, _PROBLEM_CHARS)}")
         self.field = field
 
 

@@ -23,6 +23,7 @@ from refimpl.inventory import TensorSpec, inventory
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64 << 20
+_MAX_FILE_NAME_BYTES = 255
 
 
 def open_hf(
@@ -138,7 +139,8 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no 'weight_map' from tensor names to file names")
     for name in weight_map.values():
-        plain = isinstance(name, str) and name == Path(name).name and "\0" not in name
+        plain = isinstance(name, str) and name == Path(name).name and name.isprintable()
+        plain = plain and len(name.encode()) <= _MAX_FILE_NAME_BYTES
         if not plain or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path}: {str(name)[:100]!r} is not the name of a safetensors file in this folder"

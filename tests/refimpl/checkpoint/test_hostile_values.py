@@ -69,6 +69,16 @@ def test_tensor_names_with_line_breaks(folder: Path) -> None:
     refused(lambda: open_checkpoint(folder), "tensor a b is missing")
 
 
+def test_names_of_any_length(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "9" * 5000 + ".safetensors"}}))
+    refused(lambda: open_checkpoint(folder), "is not the name of a safetensors file")
+    index.write_text(json.dumps({"weight_map": {"a" * 100_000: "model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="says it is here") as refusal:
+        open_checkpoint(folder)
+    assert len(str(refusal.value)) < 1600
+
+
 def test_half_a_surrogate_pair_in_a_token(folder: Path) -> None:
     text = (folder / "tokenizer.json").read_text()
     data = json.loads(text)
