@@ -22,7 +22,8 @@ def type_section(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Stored types", "",
         f"The held-out documents as one text, {first['windows']} evenly spaced chunks of "
-        f"{found['context']} tokens of which the second half is judged ({first['judged_tokens']:,} tokens; "
+        f"{found['context']} tokens of which the second half is judged "
+        f"({first['judged_tokens']:,} tokens; "
         "llama-perplexity's protocol, so figures differ from those above). All on the engine, "
         "converted from the bf16 weights by `refimpl convert`; the activations of block types are "
         "int8, as in use. ± is one standard error clustered by chunk (95 %: bootstrap over "
