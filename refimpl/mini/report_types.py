@@ -133,8 +133,9 @@ def _types(axes: Any, rows: list[dict[str, Any]]) -> None:
         y, error = 100 * (x["value"] - 1), 100 * x["standard_error"]
         color = "#D55E00" if r["type"].startswith("shipped") else "#0072B2"
         axes.errorbar(r["bits_per_weight"], y, yerr=error, fmt="o", color=color, capsize=3)
-        axes.annotate(r["type"], (r["bits_per_weight"], y), xytext=(8, 6),
-                      textcoords="offset points")  # fmt: skip
+        left = r["type"] in ("iq4_xs", "q4_0")  # beside their neighbours' error bars
+        axes.annotate(r["type"], (r["bits_per_weight"], y), xytext=(-8 if left else 8, 6),
+                      ha="right" if left else "left", textcoords="offset points")  # fmt: skip
     axes.axhline(0, color="#bbbbbb", linewidth=0.8)
     axes.set(xlabel="bits per weight", ylabel="perplexity above F32 (%)", xlim=(4, 9.5))
     axes.set_title("Stored types of the embedded model")
