@@ -13,6 +13,7 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "calibrate": "bench.cli_model:calibrate",
         "compare": "bench.cli_model:compare",
         "engine": "bench.cli_engine:engine",
+        "import": "bench.cli_import:import_command",
     },
     context_settings=SETTINGS,
 )

@@ -171,7 +171,7 @@ def read_runs(path: Path | str) -> tuple[list[RunRecord], list[str]]:
         RunFileError: no such file, not text, too large, empty, or without the columns `model`,
             `device` and one of the measured ones.
     """
-    return parse_runs(_read_text(path), "standard input" if str(path) == "-" else str(path))
+    return parse_runs(read_text(path), "standard input" if str(path) == "-" else str(path))
 
 
 def parse_runs(text: str, source: str = "input") -> tuple[list[RunRecord], list[str]]:
@@ -210,7 +210,12 @@ def published_runs_path() -> Path:
     return Path(__file__).parent / "data" / "published_runs.csv"
 
 
-def _read_text(path: Path | str) -> str:
+def read_text(path: Path | str) -> str:
+    """A text file, or standard input for `-`.
+
+    Raises:
+        RunFileError: no such file, not UTF-8, or too large.
+    """
     try:
         if str(path) == "-":
             raw = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)

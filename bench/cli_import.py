@@ -1,0 +1,68 @@
+"""`bench import`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from bench.runs import RunRecord
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--out", metavar="FILE", help="The tidy CSV to write. [default: stdout]")
+@click.option("--append", is_flag=True, help="Keep the runs that --out already holds.")
+@click.option("--model", default="", metavar="NAME", help="Where the file does not say it.")
+@click.option("--quant", default="", metavar="TYPE", help="Type of the weights.")
+@click.option("--device", default="", metavar="NAME", help="What it ran on.")
+@click.option("--count", "n_devices", type=float, metavar="N", help="How many of them.")
+@click.option("--engine", default="", metavar="NAME", help="What ran it.")
+@click.option("--engine-version", default="", metavar="TEXT", help="Its version or build.")
+@click.option("--backend", default="", metavar="NAME", help="cuda, metal, cpu, ...")
+@click.option("--mtp", default="", metavar="N", help="Drafts per step.")
+@click.option("--source", "source_url", default="", metavar="URL", help="Where it is published.")
+@click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON instead of CSV.")
+def import_command(
+    files: tuple[str, ...], out: str | None, append: bool, as_json: bool, **stated: Any
+) -> None:
+    """Bring runs of other tools into the tidy CSV that `bench compare --runs` reads.
+
+    Known by content: llama-bench (table, CSV, JSON, JSON lines), llama-batched-bench (table, JSON
+    lines), 'vllm bench serve' JSON, SGLang bench_serving JSON lines, the tidy CSV. Fields that no
+    column takes are kept.
+
+    \b
+    Examples:
+      llama-bench -m model.gguf -o json | bench import - --device m4max --out my-machine.csv
+      bench compare --runs my-machine.csv --out pictures
+    """
+    from pathlib import Path
+
+    from bench.importers.read import import_runs, renumbered
+    from bench.importers.table import Stated
+    from bench.runs import read_runs, write_runs
+    from hwmodel.cli_support import note, print_json
+    from hwmodel.errors import RunFileError
+    from hwmodel.files import write_whole
+
+    if append and not out:
+        raise RunFileError("--append needs --out FILE")
+    found: list[RunRecord] = []
+    for name in files:
+        imported = import_runs(name, Stated(**stated))
+        note(f"{name}: {imported.format}, {len(imported.records)} runs")
+        for problem in imported.problems:
+            note(problem)
+        found += imported.records
+    if append and out and Path(out).exists():
+        found = read_runs(out)[0] + found
+    records = renumbered(found)
+    if out:
+        write_whole(Path(out), write_runs(records).encode())
+        note(f"wrote {out}: {len(records)} runs")
+    if as_json:
+        print_json([r.row() for r in records])
+    elif not out:
+        click.echo(write_runs(records), nl=False)

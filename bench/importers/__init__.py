@@ -1,0 +1,1 @@
+"""Runs that other tools measured: one module for each tool, recognised by content."""

@@ -1,0 +1,173 @@
+"""Runs of other tools: recognised by content, read by field name, nothing dropped in silence.
+
+The llama-bench and llama-batched-bench files in data/ were written by those programs (build
+0c1e570) for the embedded model on a busy machine: their format is the point, not their speeds. The
+vLLM and SGLang files are written by hand after those tools' result fields.
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.cli import main
+from bench.importers.llama_bench import quant_of
+from bench.importers.read import FORMATS, Imported, import_runs
+from bench.importers.table import Stated
+from bench.runs import read_runs
+from hwmodel.errors import RunFileError
+
+DATA = Path(__file__).parent / "data"
+FULL = Stated(model="step-3.5-flash", device="m4max", quant="Q4_0", n_devices=1)
+
+
+def _import(name: str, stated: Stated = FULL) -> Imported:
+    return import_runs(str(DATA / name), stated)
+
+
+@pytest.mark.parametrize("name", ["llama-bench.json", "llama-bench.jsonl", "llama-bench.csv"])
+def test_llama_bench_says_what_was_timed(name: str) -> None:
+    records = _import(name, Stated()).records
+    assert [(r.prompt_tokens, r.gen_tokens, r.context_depth) for r in records] == [
+        (64, None, 0), (None, 16, 0), (64, None, 128), (None, 16, 128),
+    ]  # fmt: skip
+    first = records[0]
+    assert (first.quant, first.engine, first.kv_type, first.device) == (
+        "Q4_0", "llama.cpp", "f16", "AMD EPYC",
+    )  # fmt: skip
+    assert first.weights_gb == pytest.approx(0.014160512) and first.micro_batch == 512
+    assert first.prefill_tok_s and first.decode_tok_s is None
+    assert records[1].decode_tok_s and records[1].prefill_tok_s is None
+    assert first.engine_version == "0c1e570 1" and first.source_date == "2026-11-22"
+
+
+def test_the_speeds_are_those_of_the_file() -> None:
+    raw = json.loads((DATA / "llama-bench.json").read_text())
+    found = [r.prefill_tok_s or r.decode_tok_s for r in _import("llama-bench.json").records]
+    assert found == pytest.approx([r["avg_ts"] for r in raw])
+
+
+def test_the_printed_table_has_the_same_figures_rounded() -> None:
+    records = _import("llama-bench.md", Stated()).records
+    assert [(r.prompt_tokens, r.gen_tokens, r.context_depth) for r in records] == [
+        (64, None, 0), (None, 16, 0), (64, None, 128), (None, 16, 128),
+    ]  # fmt: skip
+    assert records[0].prefill_tok_s == 728.91
+    assert records[0].weights_gb == pytest.approx(13.5 * 2**20 / 1e9)
+    assert records[0].engine_version == "0c1e570 1"
+
+
+@pytest.mark.parametrize("name", ["llama-batched-bench.jsonl", "llama-batched-bench.txt"])
+def test_batched_decode_is_behind_its_prompt_and_of_all_sequences(name: str) -> None:
+    one, two = _import(name).records[:2]
+    assert (one.context_depth, one.decode_scope) == (64, "per_user")
+    assert (two.batch_concurrency, two.decode_scope) == (2, "aggregate")
+    assert one.prefill_tok_s and two.prefill_tok_s is None  # two prompts in one figure
+
+
+def test_vllm_speed_is_the_inverse_of_its_median_tpot() -> None:
+    (run,) = _import("vllm-serve.json", Stated(device="h100", quant="FP8", n_devices=8)).records
+    assert run.decode_tok_s == pytest.approx(1000 / 18.2) and run.ttft_ms == 228
+    assert (run.prompt_tokens, run.gen_tokens, run.batch_concurrency) == (1024, 512, 8)
+    assert run.model == "stepfun-ai/Step-3.5-Flash-FP8" and run.source_date == "2026-08-01"
+    assert run.extra["vllm:p99_ttft_ms"] == "262.1"
+
+
+def test_sglang_keeps_one_record_a_line_and_its_acceptance() -> None:
+    alone, crowd = _import("sglang-serving.jsonl").records
+    assert alone.engine == "SGLang" and alone.mtp == "accept length 2.7"
+    assert (alone.batch_concurrency, crowd.batch_concurrency) == (1, 16)
+    assert crowd.decode_tok_s == pytest.approx(1000 / 17.9)
+
+
+def test_every_format_is_recognised_by_exactly_one_reader() -> None:
+    for path in DATA.iterdir():
+        text = path.read_text()
+        kinds = [f.title for f in FORMATS if f.matches(text)]
+        # SGLang's fields contain vLLM's; the more demanding one comes first
+        assert kinds and (len(kinds) == 1 or "sglang" in path.name), (path.name, kinds)
+
+
+@pytest.mark.parametrize(
+    ("text", "quant"),
+    [
+        ("step35 196B Q4_K - Small", "Q4_K_S"),
+        ("qwen3moe 30B.A3B Q4_K - Medium", "Q4_K_M"),
+        ("gpt-oss 120B MXFP4 MoE", "MXFP4"),
+        ("llama 7B Q8_0", "Q8_0"),
+        ("llama 7B F16", "F16"),
+        ("step35 196B IQ4_XS - 4.25 bpw", "IQ4_XS"),
+        ("unknown", ""),
+    ],
+)
+def test_the_type_is_read_off_llama_benchs_spelling(text: str, quant: str) -> None:
+    assert quant_of(text) == quant
+
+
+def test_what_is_missing_is_said_once_with_its_option() -> None:
+    problems = _import("llama-batched-bench.jsonl", Stated()).problems
+    assert [p.split("; ")[1] for p in problems] == [
+        "--model NAME adds it", "--device NAME adds it", "--quant TYPE adds it",
+    ]  # fmt: skip
+    assert all(p.startswith("4 runs: ") for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty, expected one of: llama-bench"),
+        ("hello\nworld\n", "begins with 'hello'"),
+        ('{"a": 1, "b": 2}', "JSON with the fields a, b"),
+        ('[{"n_prompt": 5, "n_gen": 0, "avg_ts": "fast"}]', "avg_ts is 'fast', expected a number"),
+        ('[{"n_prompt": 5, "n_gen": 0, "avg_ts": -3}]', "row 1: avg_ts is -3"),
+        ('[{"n_prompt": 5, "n_gen": 5, "avg_ts": 3}]', "without a run that can be used"),
+        ('{"pp": 5, "tg": 5, "pl": "x", "speed_tg": 1}', "pl is 'x', expected a number"),
+        (
+            '{"completed": 0, "total_input_tokens": 1, "total_output_tokens": 1,'
+            ' "request_throughput": 1, "mean_tpot_ms": 1}',
+            "no request was answered",
+        ),
+        ("[" * 100_000, "begins with '\\[\\[\\["),
+    ],
+)
+def test_unknown_and_damaged_files_get_a_sentence(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(RunFileError, match=says):
+        import_runs(str(path), FULL)
+
+
+def test_impossible_speeds_are_kept_and_named_with_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "fast.json"
+    path.write_text('[{"n_prompt": 0, "n_gen": 128, "n_depth": 0, "avg_ts": 9000}]')
+    found = import_runs(str(path), Stated(model="step-3.5-flash", device="m4max", quant="Q4_K_S"))
+    assert found.records[0].decode_tok_s == 9000
+    assert "more than the 8" in found.problems[0] and "m4max allow" in found.problems[0]
+
+
+def test_two_commands_bring_a_newcomer_onto_the_plot(tmp_path: Path) -> None:
+    out, pictures = tmp_path / "mine.csv", tmp_path / "pictures"
+    args = ["import", str(DATA / "llama-bench.json"), "--device", "m4max", "--out", str(out)]
+    first = CliRunner().invoke(main, [*args, "--model", "step-3.5-flash"])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(main, ["compare", "--runs", str(out), "--out", str(pictures)])
+    assert second.exit_code == 0, second.output
+    assert (pictures / "predicted-measured.png").stat().st_size > 10_000
+
+
+def test_appending_keeps_what_was_there_and_ids_stay_apart(tmp_path: Path) -> None:
+    out = tmp_path / "runs.csv"
+    args = ["import", str(DATA / "llama-bench.json"), "--device", "m4max", "--out", str(out)]
+    for more in ([], ["--append"]):
+        assert CliRunner().invoke(main, [*args, *more]).exit_code == 0
+    records, problems = read_runs(out)
+    assert len(records) == 8 and len({r.id for r in records}) == 8 and not problems
+
+
+def test_unknown_fields_survive_the_csv() -> None:
+    run = CliRunner().invoke(main, ["import", str(DATA / "llama-bench.csv")])
+    row = next(csv.DictReader(io.StringIO(run.stdout)))
+    assert row["llama-bench:n_threads"] == "2" and row["llama-bench:flash_attn"] == "-1"
