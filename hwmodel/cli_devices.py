@@ -156,8 +156,16 @@ def show_engine(name: str, as_json: bool) -> None:
 
 
 def _quantities(found: Any) -> str:
-    rows = [[k, _plain(q.value), q.as_of, _origin(q)] for k, q in sorted(found.items())]
-    return table(["number", "value", "as of", "source"], rows)
+    rows = [[k, _plain(q.value), _quartiles(q), q.as_of, _origin(q)]
+            for k, q in sorted(found.items())]  # fmt: skip
+    header = ["number", "value", "quartiles", "as of", "source"]
+    if not any(row[2] for row in rows):
+        header, rows = [h for h in header if h != "quartiles"], [r[:2] + r[3:] for r in rows]
+    return table(header, rows)
+
+
+def _quartiles(q: Quantity) -> str:
+    return "" if q.low is None or q.high is None else f"{_plain(q.low)} to {_plain(q.high)}"
 
 
 def _plain(value: float) -> str:
@@ -169,7 +177,8 @@ def _origin(q: Quantity) -> str:
 
 
 def _quantity_json(q: Quantity) -> dict[str, Any]:
-    return {"value": q.value, "source": q.source, "as_of": q.as_of, "note": q.note}
+    found = {"value": q.value, "source": q.source, "as_of": q.as_of, "note": q.note}
+    return found if q.low is None else {**found, "low": q.low, "high": q.high}
 
 
 def device_json(d: Device) -> dict[str, Any]:

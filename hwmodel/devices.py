@@ -24,9 +24,16 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
     [bandwidth]
     peak_bytes_per_s = { ... }     # datasheet
     measured_bytes_per_s = { ... } # somebody's measurement; never merged with the peak
+    [bandwidth.by_threads]         # measured by so many threads
+    2 = { ... }
 
     [flop]                         # dense peaks
     bf16_per_s = { ... }
+    measured_fp32_per_s = { ... }  # what a matrix product of this type reached
+
+    [overhead]
+    launch_s = { ... }             # of starting all threads
+    barrier_s = { ... }            # of waiting for all of them
 
     [links]
     host_bytes_per_s = { ... }     # to the processor's memory, per direction
@@ -35,7 +42,10 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
     network_bytes_per_s = { ... }  # to a like device in the next machine, per direction
 
     [disk]
-    read_bytes_per_s = { ... }
+    read_bytes_per_s = { ... }     # in order, from the disk itself
+    random_read_bytes_per_s = { ... }  # one expert's matrix here and there
+    warm_read_bytes_per_s = { ... }    # in order, from the system's memory
+    warm_random_read_bytes_per_s = { ... }
 
     [price]
     buy_usd = { ... }
@@ -46,12 +56,15 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
 
     [cpu]
     threads = { ... }
+
+A device whose peak bandwidth nobody states (a virtual machine, say) may state the measured one
+alone; `bench probe` writes such a file for this host, each number with the quartiles of its samples
+(`low`, `high`).
 """
 
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -59,40 +72,23 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel import names
+from hwmodel.device_file import (
+    BY_THREADS,
+    DTYPES,
+    MEASURED,
+    PEAK,
+    QUANTITIES,
+    TEXTS,
+    by_threads,
+    check_quantities,
+    check_top,
+    read_sources,
+    read_toml,
+)
 from hwmodel.errors import DeviceFileError, UnknownNameError
 from hwmodel.quantity import Quantity, read_quantity
 
-DEVICE_CLASSES = (
-    "apple",
-    "nvidia-datacenter",
-    "nvidia-consumer",
-    "nvidia-unified",
-    "amd-instinct",
-    "amd-apu",
-    "amd-consumer",
-    "intel",
-    "cpu",
-)
-DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
 LOCAL = "local"
-
-# section -> the quantities it may hold
-_QUANTITIES: dict[str, tuple[str, ...]] = {
-    "memory": ("total_bytes", "reserve_bytes", "usable_bytes", "raised_usable_bytes"),
-    "bandwidth": ("peak_bytes_per_s", "measured_bytes_per_s"),
-    "flop": tuple(f"{d}_per_s" for d in DTYPES),
-    "links": ("host_bytes_per_s", "device_bytes_per_s", "network_bytes_per_s"),
-    "disk": ("read_bytes_per_s",),
-    "price": ("buy_usd", "rent_usd_per_h"),
-    "power": ("limit_w",),
-    "cpu": ("threads", "cores"),
-}
-_TEXTS: dict[str, tuple[str, ...]] = {
-    "memory": ("raise_how",),
-    "links": ("host_kind", "device_kind", "network_kind"),
-}
-_TOP = {"schema", "name", "title", "class", "unified", "max_per_host", "api", "notes", "sources"}
-_REQUIRED = (("memory", "total_bytes"), ("bandwidth", "peak_bytes_per_s"))
 
 
 @dataclass(frozen=True)
@@ -158,18 +154,33 @@ class Device:
 
     @property
     def bandwidth_bytes_per_s(self) -> float:
-        """Datasheet memory bandwidth."""
-        return self.quantities["bandwidth.peak_bytes_per_s"].value
+        """Datasheet memory bandwidth; where no datasheet states one, the measured bandwidth."""
+        return self.quantities[MEASURED if self.peak_is_unknown else PEAK].value
+
+    @property
+    def peak_is_unknown(self) -> bool:
+        """True where only measured figures are known, as for most virtual machines."""
+        return PEAK not in self.quantities
 
     @property
     def measured_bandwidth_bytes_per_s(self) -> float | None:
         """A measured read bandwidth, None where nobody published one."""
-        return self._value("bandwidth.measured_bytes_per_s")
+        return self._value(MEASURED)
+
+    @property
+    def bandwidth_by_threads(self) -> Mapping[int, float]:
+        """Measured read bandwidth by number of threads, bytes/s; empty where nobody measured."""
+        head = f"bandwidth.{BY_THREADS}."
+        found = {k: q.value for k, q in self.quantities.items() if k.startswith(head)}
+        return {int(k.removeprefix(head)): v for k, v in found.items()}
 
     @cached_property
     def flop_per_s(self) -> Mapping[str, float]:
-        """Dense peaks by type, of `DTYPES` those that the file states."""
-        found = {d: self._value(f"flop.{d}_per_s") for d in DTYPES}
+        """Dense peaks by type, of `DTYPES` those that the file states; where it states no peak at
+        all, what was measured."""
+        has_peak = any(f"flop.{d}_per_s" in self.quantities for d in DTYPES)
+        measured = "" if has_peak else "measured_"
+        found = {d: self._value(f"flop.{measured}{d}_per_s") for d in DTYPES}
         return {d: value for d, value in found.items() if value is not None}
 
     @property
@@ -283,46 +294,32 @@ def read_device(path: Path) -> Device:
     return parse_device(read_toml(path), path)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a table.
-
-    Raises:
-        DeviceFileError: the file is missing, too large to be one of ours, or not TOML.
-    """
-    try:
-        if path.stat().st_size > 1 << 20:
-            raise DeviceFileError(f"{path}: larger than 1 MiB, expected a short TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DeviceFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DeviceFileError(f"{path}: not a TOML file ({error})") from error
-
-
 def parse_device(raw: Mapping[str, Any], file: Path | str) -> Device:
     """A device from its TOML table, checked.
 
     Raises:
         DeviceFileError: see `load_device`.
     """
-    _check_top(raw, file)
+    check_top(raw, file)
     sources = read_sources(raw, file)
     quantities: dict[str, Quantity] = {}
     texts: dict[str, str] = {}
-    for section in _QUANTITIES:
+    for section in QUANTITIES:
         table = raw.get(section, {})
         if not isinstance(table, dict):
             raise DeviceFileError(f"{file}: '{section}' is {table!r}, expected a table")
         for key, entry in table.items():
             dotted = f"{section}.{key}"
-            if key in _TEXTS.get(section, ()):
+            if key in TEXTS.get(section, ()):
                 texts[dotted] = str(entry)
-            elif key in _QUANTITIES[section]:
+            elif key in QUANTITIES[section]:
                 quantities[dotted] = read_quantity(file, dotted, entry, sources)
+            elif dotted == f"bandwidth.{BY_THREADS}":
+                quantities |= by_threads(entry, dotted, sources, file)
             else:
-                known = ", ".join(_QUANTITIES[section] + _TEXTS.get(section, ()))
+                known = ", ".join(QUANTITIES[section] + TEXTS.get(section, ()))
                 raise DeviceFileError(f"{file}: unknown key '{dotted}', expected one of {known}")
-    _check_quantities(quantities, texts, file)
+    check_quantities(quantities, texts, file)
     return Device(
         name=str(raw["name"]).lower(),
         title=str(raw.get("title", raw["name"])),
@@ -335,68 +332,3 @@ def parse_device(raw: Mapping[str, Any], file: Path | str) -> Device:
         notes=str(raw.get("notes", "")),
         file=str(file),
     )
-
-
-def read_sources(raw: Mapping[str, Any], file: Path | str) -> Mapping[str, str]:
-    """The `[sources]` table of a device or engine file, source by short name.
-
-    Raises:
-        DeviceFileError: it is no table of texts.
-    """
-    sources = raw.get("sources", {})
-    if not isinstance(sources, dict) or not all(isinstance(v, str) for v in sources.values()):
-        raise DeviceFileError(f"{file}: 'sources' must be a table of texts")
-    return sources
-
-
-def _check_top(raw: Mapping[str, Any], file: Path | str) -> None:
-    extra = sorted(set(raw) - _TOP - set(_QUANTITIES))
-    if extra:
-        raise DeviceFileError(f"{file}: unknown key '{extra[0]}'")
-    if raw.get("schema") != 1:
-        raise DeviceFileError(f"{file}: 'schema' is {raw.get('schema')!r}, expected 1")
-    if not isinstance(raw.get("name"), str) or not raw["name"].strip():
-        raise DeviceFileError(f"{file}: 'name' is {raw.get('name')!r}, expected a short text")
-    if raw.get("class") not in DEVICE_CLASSES:
-        raise DeviceFileError(
-            f"{file}: 'class' is {raw.get('class')!r}, expected one of {', '.join(DEVICE_CLASSES)}"
-        )
-    count = raw.get("max_per_host", 1)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
-        raise DeviceFileError(f"{file}: 'max_per_host' is {count!r}, expected 1 to 1024")
-    if not isinstance(raw.get("unified", False), bool):
-        raise DeviceFileError(f"{file}: 'unified' is {raw['unified']!r}, expected true or false")
-    api = raw.get("api", [])
-    if not isinstance(api, list) or not all(isinstance(a, str) for a in api):
-        raise DeviceFileError(f"{file}: 'api' is {api!r}, expected a list of backends")
-    for backend in api:
-        if names.canonical("backend", backend) is None:
-            near = names.suggest("backend", backend)
-            raise DeviceFileError(
-                f"{file}: unknown backend {backend!r} in 'api', expected such as {', '.join(near)}"
-            )
-
-
-def _check_quantities(
-    quantities: Mapping[str, Quantity], texts: Mapping[str, str], file: Path | str
-) -> None:
-    for section, key in _REQUIRED:
-        found = quantities.get(f"{section}.{key}")
-        if found is None or found.value <= 0:
-            raise DeviceFileError(f"{file}: '{section}.{key}' is missing or 0; state it")
-    total = quantities["memory.total_bytes"].value
-    if not 1e8 <= total <= 1e15:
-        raise DeviceFileError(
-            f"{file}: 'memory.total_bytes' is {total:.4g}, expected bytes (1e8 to 1e15)"
-        )
-    peak = quantities["bandwidth.peak_bytes_per_s"].value
-    if not 1e8 <= peak <= 1e15:
-        raise DeviceFileError(
-            f"{file}: 'bandwidth.peak_bytes_per_s' is {peak:.4g}, expected bytes/s (1e8 to 1e15)"
-        )
-    for key in ("reserve_bytes", "usable_bytes", "raised_usable_bytes"):
-        found = quantities.get(f"memory.{key}")
-        if found is not None and found.value > total:
-            raise DeviceFileError(f"{file}: 'memory.{key}' is more than 'memory.total_bytes'")
-    if "memory.raised_usable_bytes" in quantities and not texts.get("memory.raise_how"):
-        raise DeviceFileError(f"{file}: 'memory.raised_usable_bytes' needs 'memory.raise_how'")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hwmodel.devices import DEVICE_CLASSES, device_names, load_device, parse_device, read_device
+from hwmodel.device_file import DEVICE_CLASSES
+from hwmodel.devices import device_names, load_device, parse_device, read_device
 from hwmodel.errors import DeviceFileError, UnknownNameError
 from hwmodel.names import canonical
 
@@ -123,6 +124,53 @@ def test_local_describes_this_host_and_prefers_the_probe(
     assert "bandwidth.peak_bytes_per_s" in told.unverified()
     write(EXAMPLE.replace("My-Box", "local"), "local.toml")
     assert load_device("local").memory_bytes == 24e9
+
+
+MEASURED = """
+measured_bytes_per_s = { value = 5e10, low = 4.9e10, high = 5.1e10, source = "s", as_of = "2026" }
+[bandwidth.by_threads]
+1 = { value = 3e10, source = "s", as_of = "2026" }
+2 = { value = 5e10, source = "s", as_of = "2026" }
+"""
+
+
+def test_measured_figures_stand_where_no_peak_is_known(write) -> None:  # type: ignore[no-untyped-def]
+    peak = 'peak_bytes_per_s = { value = 1e12, source = "unverified", as_of = "2026-03" }'
+    assert peak in EXAMPLE
+    both = load_device(write(EXAMPLE.replace(peak, peak + MEASURED)))
+    assert (both.bandwidth_bytes_per_s, both.measured_bandwidth_bytes_per_s) == (1e12, 5e10)
+    assert not both.peak_is_unknown
+    alone = load_device(write(EXAMPLE.replace(peak, MEASURED)))
+    assert alone.peak_is_unknown and alone.bandwidth_bytes_per_s == 5e10
+    assert alone.bandwidth_by_threads == {1: 3e10, 2: 5e10}
+    read = alone.quantities["bandwidth.measured_bytes_per_s"]
+    assert (read.low, read.high) == (4.9e10, 5.1e10)
+
+
+def test_measured_arithmetic_never_stands_beside_a_peak(write) -> None:  # type: ignore[no-untyped-def]
+    measured = '[flop]\nmeasured_fp32_per_s = { value = 2e11, source = "s", as_of = "2026" }\n'
+    peak = 'bf16_per_s = { value = 9e11, source = "s", as_of = "2026" }\n'
+    assert load_device(write(EXAMPLE + measured)).flop_per_s == {"fp32": 2e11}
+    assert load_device(write(EXAMPLE + measured + peak)).flop_per_s == {"bf16": 9e11}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("low = 6e10", "not between its 'low' and 'high'"),
+        ("high = -1", "'bandwidth.measured_bytes_per_s.high' is -1"),
+        ("low = true", "'bandwidth.measured_bytes_per_s.low' has value True"),
+    ],
+)
+def test_quartiles_must_enclose_the_number(write, line: str, message: str) -> None:  # type: ignore[no-untyped-def]
+    entry = f'measured_bytes_per_s = {{ value = 5e10, {line}, source = "s", as_of = "2026" }}\n'
+    with pytest.raises(DeviceFileError, match=message):
+        load_device(write(EXAMPLE.replace("[bandwidth]", "[bandwidth]\n" + entry)))
+
+
+def test_threads_are_counted_in_whole_numbers(write) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DeviceFileError, match=r"by_threads\.many': expected a number of threads"):
+        load_device(write(EXAMPLE + MEASURED[MEASURED.index("[") :].replace("2 =", "many =")))
 
 
 def test_unknown_devices_are_refused_with_the_nearest_names() -> None:
