@@ -32,7 +32,8 @@ class Matrix(IntEnum):
     MULTIPLY = 11
     TILE_BYTES = 12  # of 16 unpacked rows
     TILE_FORM_OFFSET = 13  # where the activations for tiles lie in a blob
-    SIZE = 14
+    PLACES = 14  # addresses of the matrices of a stack that is not all in memory, else 0
+    SIZE = 15
 
 
 class Layer(IntEnum):
@@ -149,7 +150,8 @@ class Step(IntEnum):
     SECOND_Y = 57
     TILES = 58  # unpacked weights,
     FREE = 59  # and what is left for other uses
-    SIZE = 60
+    FETCH = 60  # called with a MoE layer's record once its experts are chosen, or 0
+    SIZE = 61
 
 
 ATTENTION_PART, FFN_PART = 1, 2

@@ -32,6 +32,7 @@ from refimpl.engine.vec import (
 from refimpl.engine.work import (
     claim,
     claims,
+    expert_weights,
     gate_and_up,
     products,
     set_blob,
@@ -210,8 +211,8 @@ def _add_experts(step, down, first, n, mine):
     h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
     y = mine + field(step, Step.FIRST_Y)
     for number in range(load_i64(table)):
-        w = field(down, Matrix.ADDRESS) + first * field(down, Matrix.ROW_BYTES)
-        w += load_i64(table + 8 + 8 * number) * field(down, Matrix.EXPERT_BYTES)
+        w = expert_weights(down, load_i64(table + 8 + 8 * number))
+        w += first * field(down, Matrix.ROW_BYTES)
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
         _set_pairs(step, ordered, start, end, x, x_bytes, 1, mine)
         products(step, down, w, n, end - start, y, 4 * n, mine)

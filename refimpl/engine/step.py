@@ -257,6 +257,9 @@ def _moe(step, layer, mine, thread):
     wait(step, mine)
     if thread == 0:
         group_by_expert(step)
+        fetch = field(step, Step.FETCH)
+        if fetch:
+            call_address(fetch, (layer,))
         used = field(layer, Layer.USED) + load_i64(field(step, Step.GROUPS))
         store_i64(layer + 8 * np.int64(Layer.USED), used)
     wait(step, mine)

@@ -119,6 +119,12 @@ def call_address(typingctx, function, arguments):
 def barrier(counter, target):
     """Wait until `counter` has been raised to `target`; this call raises it by one."""
     fetch_add(counter, 1)
+    wait_until(counter, target)
+
+
+@device(types.void)
+def wait_until(counter, target):
+    """Wait until the int64 at `counter` is `target` or more."""
     spins = 0
     while load_shared(counter) < target:
         spins += 1

@@ -18,7 +18,7 @@ from numba import types
 from refimpl.engine.fields import Matrix, Step, field
 from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, swiglu
-from refimpl.engine.sync import barrier, call_address, fetch_add
+from refimpl.engine.sync import barrier, call_address, fetch_add, wait_until
 from refimpl.engine.tiles import TILE_ROWS, TILE_TOKENS
 from refimpl.engine.vec import device, load_i64, store_i64
 
@@ -220,14 +220,23 @@ def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):
             add_rows(h + i * h_bytes + 4 * first, y + i * 4 * chunk, n)
 
 
+@device(types.int64)
+def expert_weights(matrix, expert):
+    """Where a matrix of a stack lies; of a stack that is not all in memory, as soon as it has been
+    read (see `refimpl.engine.residency`)."""
+    places = field(matrix, Matrix.PLACES)
+    if places == 0:
+        return field(matrix, Matrix.ADDRESS) + expert * field(matrix, Matrix.EXPERT_BYTES)
+    wait_until(places + 8 * expert, 1)
+    return load_i64(places + 8 * expert)
+
+
 @device(types.void)
 def gate_and_up(step, gate, up, expert, first, rows, count, mine):
     """Products of rows first..first+rows of an expert's two matrices with the blobs that were set,
     `rows` apart in the two lots of scratch."""
-    g = field(gate, Matrix.ADDRESS) + expert * field(gate, Matrix.EXPERT_BYTES)
-    u = field(up, Matrix.ADDRESS) + expert * field(up, Matrix.EXPERT_BYTES)
-    g += first * field(gate, Matrix.ROW_BYTES)
-    u += first * field(up, Matrix.ROW_BYTES)
+    g = expert_weights(gate, expert) + first * field(gate, Matrix.ROW_BYTES)
+    u = expert_weights(up, expert) + first * field(up, Matrix.ROW_BYTES)
     products(step, gate, g, rows, count, mine + field(step, Step.FIRST_Y), 4 * rows, mine)
     products(step, up, u, rows, count, mine + field(step, Step.SECOND_Y), 4 * rows, mine)
 
