@@ -11,7 +11,7 @@ from typing import Any
 from bench.engine_cases import DEPTHS, EMBEDDED, ENGINE, KV_TYPES, LLAMA_DEPTHS, TYPES, depth_case
 from bench.engine_figures import Figures, Row, kernels, rows_of
 from bench.engine_run import ROUNDS_FILE, all_rounds
-from bench.interleave import Ratio, Round, quiet_rounds, ratio
+from bench.interleave import Ratio, Round, quiet_rounds
 from hwmodel.errors import RunFileError
 
 _CAPTIONS = {
@@ -168,8 +168,8 @@ def _speeds(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = []
     for name in names:
         best = f.best_llama(name)
-        for label in dict.fromkeys(k for r in f.case(name) for k in r.arms):
-            value = f.per_round(name, label, lambda _, m: m.median_ts)
+        for label in dict.fromkeys(k for r in f.newest(name) for k in r.arms):
+            value = f.speed(name, label)
             share = f.share(name, label) if name.startswith("decode") else None
             note = "best of llama.cpp" if label == best else ""
             rows.append((name, label, _plain(value, 1), show(share, "%"), note))
@@ -191,11 +191,10 @@ def _depths(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
         cells = [f"{depth:,}"]
         for kv in KV_TYPES:
             case, label = depth_case(kv), f"{ENGINE} d{depth}"
-            speed = f.per_round(case, label, lambda _, m: m.median_ts)
+            speed = f.speed(case, label)
             resident = f.per_round(case, label, lambda _, m: _cache_megabytes(m.record))
             cells += [_plain(speed, 1), _plain(resident, 0)]
-        beside = f.case("depth-llama")
-        over = ratio(beside, f"{ENGINE} d{depth}", f"llama.cpp default d{depth}")
+        over = f.ratio("depth-llama", f"{ENGINE} d{depth}", f"llama.cpp default d{depth}")
         rows.append((*cells, show(over, "x")))
     header = ("depth, tokens", "f16 KV: tokens/s", "cache, MB", "q8_0 KV: tokens/s", "cache, MB",
               "over llama.cpp, f16")  # fmt: skip
@@ -211,7 +210,7 @@ def _variants(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     names = dict.fromkeys(k for name in _VARIANT_CASES for r in f.newest(name) for k in r.arms)
     rows: list[tuple[str, ...]] = []
     for label in names:
-        speeds = [f.per_round(n, label, lambda _, m: m.median_ts) for n in _VARIANT_CASES]
+        speeds = [f.speed(n, label) for n in _VARIANT_CASES]
         rows.append((label, *(_plain(s, 1) for s in speeds)))
     return ("variant", "decode, tokens/s", "prefill of 512, tokens/s"), rows
 
@@ -237,9 +236,12 @@ def _verification(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
 def _method(folder: str) -> str:
     return (
         "A round runs every engine of a case once, each in a process of its own and after a "
-        "warm-up, between two probes of the read bandwidth. It is quiet if the probes agree within "
-        "10 % and both reach 90 % of the best one seen, else busy. Absolute figures are of quiet "
-        "rounds; where a case has none, its ratios come from busy ones. Rounds of older kernels "
+        "warm-up, with a probe of the read bandwidth before and after each. A round, an engine in "
+        "it, or two that are compared are quiet if the probes beside them agree within 10 % and "
+        "all reach 90 % of the best one seen; steady if they agree. Figures are of quiet rounds; "
+        "where there is none, of steady ones; ratios between engines, where there is none of "
+        "these either, of unsteady ones. Other users of the same memory, outside of this machine "
+        "where it is a virtual one, make it slow for a while. Rounds of older kernels "
         f"are kept but not counted. Every sample: [{ROUNDS_FILE}]({folder}/{ROUNDS_FILE}), as a "
         f"table [samples.csv]({folder}/samples.csv). Made by `bench engine measure` and "
         "`bench engine report`."
@@ -251,16 +253,18 @@ def _rounds(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     for name in f.cases():
         newest = f.newest(name)
         quiet = len(quiet_rounds(newest, f.best))
+        steady = sum(r.is_steady() for r in newest) - quiet
         builds = dict.fromkeys(
             f"{m.engine} {m.build}".strip() for r in newest for m in r.arms.values()
         )
         failed = dict.fromkeys(f"{k}: {v}" for r in newest for k, v in r.failed.items())
-        probes = sorted(r.probe / 1e9 for r in newest)
+        probes = sorted(p / 1e9 for r in newest for p in r.probes())
         rows.append((
-            name, str(quiet), str(len(newest) - quiet), f"{probes[0]:.1f} to {probes[-1]:.1f}",
+            name, str(quiet), str(steady), str(len(newest) - quiet - steady),
+            f"{probes[0]:.1f} to {probes[-1]:.1f}",
             "; ".join([*builds, *failed]),
         ))  # fmt: skip
-    return ("case", "quiet", "busy", "probe, GB/s", "builds"), rows
+    return ("case", "quiet", "steady", "unsteady", "probe, GB/s", "builds"), rows
 
 
 def samples_csv(f: Figures) -> str:
@@ -271,17 +275,21 @@ def samples_csv(f: Figures) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ("case", "started", "verdict", "kernels", "probe_bytes_per_s", "arm", "engine", "build",
+        ("case", "started", "verdict", "kernels", "probe_before_bytes_per_s",
+         "probe_after_bytes_per_s", "arm", "engine", "build",
          "flags", "sample", "tokens_per_s", "seconds")
     )  # fmt: skip
     for r in f.rounds:
-        verdict = "quiet" if r.is_quiet(f.best[r.host]) else "busy"
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(r.started))
         for label, m in r.arms.items():
+            beside = r.probes(label)
+            quiet = r.is_quiet(f.best[r.host], label)
+            verdict = "quiet" if quiet else "steady" if r.is_steady(label) else "unsteady"
             pairs = zip(m.samples_ts, m.samples_ns, strict=True)
             for number, (speed, ns) in enumerate(pairs, 1):
                 writer.writerow(
-                    (r.case, began, verdict, kernels(r), f"{r.probe:.0f}", label, m.engine,
+                    (r.case, began, verdict, kernels(r), f"{beside[0]:.0f}",
+                     f"{beside[-1]:.0f}", label, m.engine,
                      m.build, m.flags, number, f"{speed:.4f}", f"{ns / 1e9:.6f}")
                 )  # fmt: skip
     return out.getvalue()

@@ -1,8 +1,8 @@
 """Figures of the report on the CPU engine, from raw rounds: the rows of its target table.
 
-Every figure is taken within rounds (an engine over another one, bytes over the probe of the same
-round) and then the median over rounds. Quiet rounds are preferred; where a case has none, its
-ratios come from busy ones and say so.
+Every figure is taken within rounds (an engine over another one, bytes over the probes beside them)
+and then the median over rounds. Quiet rounds are preferred; where a case has none, steady ones
+serve, and for ratios between engines even unsteady ones; the basis of each figure says which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.engine_cases import ACCEPTANCE, EMBEDDED, ENGINE, MTP_TYPES, TYPES
-from bench.interleave import Ratio, Round, best_probe, quiet_rounds, ratio, ratio_of, speed
+from bench.interleave import Ratio, Round, best_probe, ratio, ratio_of, usable
 from bench.runners.base import Measurement
 
 MEGABYTE = 1e6
@@ -65,12 +65,6 @@ class Figures:
         self.rounds = tuple(rounds)
         self.best = best_probe(self.rounds)
 
-    def case(self, name: str) -> list[Round]:
-        """Rounds of a case made with the newest kernels that it was measured with: those that
-        are quiet, or all of them if none is."""
-        newest = self.newest(name)
-        return quiet_rounds(newest, self.best) or newest
-
     def newest(self, name: str) -> list[Round]:
         """Rounds of a case made with its newest kernels, quiet or busy."""
         mine = [r for r in self.rounds if r.case == name]
@@ -80,38 +74,46 @@ class Figures:
         """Names of the cases that were measured."""
         return list(dict.fromkeys(r.case for r in self.rounds))
 
-    def basis(self, name: str) -> str:
-        """How many rounds stand behind a case's figures."""
+    def basis(self, name: str, *labels: str) -> str:
+        """How many rounds of which kind stand behind a figure of some arms of a case."""
         newest = self.newest(name)
-        quiet = len(quiet_rounds(newest, self.best))
-        busy = len(newest) - quiet
-        if quiet:
-            more = f", {busy} busy not counted" if busy else ""
-            return f"{quiet} quiet round{'s' * (quiet > 1)}{more}"
-        return f"{busy} busy round{'s' * (busy > 1)}" if busy else "no rounds"
+        found, kind = usable(newest, self.best, *labels)
+        if not found:
+            return "no rounds"
+        share = min(min(r.probes(*labels)) / self.best[r.host] for r in found)
+        slow = f", memory at {100 * share:.0f} % of its best" if kind == "steady" else ""
+        return f"{len(found)} {kind} round{'s' * (len(found) > 1)} of {len(newest)}{slow}"
 
     def best_llama(self, name: str) -> str | None:
         """The fastest llama.cpp arm of a case, by median over its rounds."""
-        rounds = self.case(name)
-        labels = {k for r in rounds for k in r.arms if k.startswith("llama.cpp")}
-        speeds = {k: speed(rounds, k) or 0.0 for k in sorted(labels)}
+        labels = {k for r in self.newest(name) for k in r.arms if k.startswith("llama.cpp")}
+        speeds = {k: found.value for k in sorted(labels) if (found := self.speed(name, k))}
         return max(speeds, key=lambda k: speeds[k]) if speeds else None
 
     def over_llama(self, name: str) -> Ratio | None:
         """refimpl over llama.cpp's best variant."""
         best = self.best_llama(name)
-        return ratio(self.case(name), ENGINE, best) if best else None
+        return self.ratio(name, ENGINE, best) if best else None
+
+    def ratio(self, name: str, label: str, to: str) -> Ratio | None:
+        """Speed of one arm of a case over that of another."""
+        return ratio(usable(self.newest(name), self.best, label, to)[0], label, to)
+
+    def speed(self, name: str, label: str) -> Ratio | None:
+        """Tokens/s of an arm."""
+        return self.per_round(name, label, lambda _, m: m.median_ts)
 
     def per_round(
         self, name: str, label: str, value: Callable[[Round, Measurement], float | None]
     ) -> Ratio | None:
         """A value of one arm in each round of a case."""
-        pairs = [(r, r.arms[label]) for r in self.case(name) if label in r.arms]
-        found = [value(r, m) for r, m in pairs]
+        rounds, _ = usable(self.newest(name), self.best, label)
+        found = [value(r, r.arms[label]) for r in rounds]
         return ratio_of([v for v in found if v is not None])
 
     def share(self, name: str, label: str) -> Ratio | None:
-        """Bytes that the steps of an arm read per second over the probe of the same round.
+        """Bytes that the steps of an arm read per second over the probes beside it, where these
+        agree.
 
         Another engine reads the same bytes for the same tokens; those that refimpl counted in
         the same case are taken for it.
@@ -119,7 +121,9 @@ class Figures:
         own = None if not label.startswith("llama.cpp") else self.step_bytes(name, ENGINE)
 
         def value(r: Round, m: Measurement) -> float | None:
-            return _over(own * m.median_ts if own else bytes_per_s(m), r.probe)
+            if not r.is_steady(label):
+                return None
+            return _over(own * m.median_ts if own else bytes_per_s(m), _beside(r, label))
 
         return self.per_round(name, label, value)
 
@@ -133,19 +137,20 @@ class Figures:
         bytes of both, and the bytes over the probe."""
         name, label = f"verify-{kind}", f"{rows} rows"
         scaled = []
-        for r in self.case(name):
-            one, many = r.arms.get("1 rows"), r.arms.get(label)
-            if one and many:
-                bytes_one, bytes_many = step_bytes(one), step_bytes(many)
-                if bytes_one and bytes_many:
-                    bound = bytes_many / bytes_one / one.median_ts
-                    scaled.append(rows / many.median_ts / bound)
-        probed = self.per_round(name, label, lambda r, m: _over(r.probe, bytes_per_s(m)))
+        for r in usable(self.newest(name), self.best, "1 rows", label)[0]:
+            one, many = r.arms["1 rows"], r.arms[label]
+            bytes_one, bytes_many = step_bytes(one), step_bytes(many)
+            if bytes_one and bytes_many:
+                bound = bytes_many / bytes_one / one.median_ts
+                scaled.append(rows / many.median_ts / bound)
+        share = self.share(name, label)
+        probed = share and Ratio(1 / share.value, 1 / share.high, 1 / share.low, share.rounds,
+                                 share.coverage)  # fmt: skip
         return ratio_of(scaled), probed
 
     def drafts(self, model: str, mtp: str) -> Ratio | None:
         """Speed of the loop with drafts over the same loop without."""
-        return ratio(self.case(f"drafts-{model}"), f"mtp {mtp}", "mtp 0")
+        return self.ratio(f"drafts-{model}", f"mtp {mtp}", "mtp 0")
 
     def draft_bound(self, model: str, drafts: int, rates: Sequence[float]) -> float | None:
         """Speed-up that bytes allow: tokens of a step over the bytes of verifying and drafting.
@@ -156,7 +161,7 @@ class Figures:
         kind = model.partition("-mtp")[0]
         plain = self.step_bytes(f"verify-{kind}", "1 rows")
         verify = self.step_bytes(f"verify-{kind}", f"{drafts + 1} rows")
-        found = [m for r in self.case(f"drafts-{model}") for m in r.arms.values()]
+        found = [m for r in self.newest(f"drafts-{model}") for m in r.arms.values()]
         if plain is None or verify is None or not found:
             return None
         layers = found[-1].record.get("mtp_layer_bytes") or []
@@ -170,7 +175,7 @@ class Figures:
             return ACCEPTANCE
         means = [0.0]
         for k in (1, 2, 3):
-            found = [r.arms[f"mtp {k}"].record for r in self.case(f"drafts-{model}")
+            found = [r.arms[f"mtp {k}"].record for r in self.newest(f"drafts-{model}")
                      if f"mtp {k}" in r.arms]  # fmt: skip
             steps = sum(f["steps"] for f in found)
             means.append(sum(f["accepted"] for f in found) / steps if steps else means[-1])
@@ -200,6 +205,10 @@ def bytes_per_s(m: Measurement) -> float | None:
     return None if size is None else size * m.median_ts / m.record.get("n_rows", 1)
 
 
+def _beside(r: Round, label: str) -> float:
+    return float(np.mean(r.probes(label)))
+
+
 def _over(value: float | None, by: float | None) -> float | None:
     return None if value is None or not by else value / by
 
@@ -219,20 +228,25 @@ def _decode(f: Figures, kind: str) -> Row:
     name = f"decode-{kind}"
     best = f.best_llama(name) or "llama.cpp"
     what = f"decode {kind} over {best}"
-    return Row(what, f.over_llama(name), 1.3, 2.0, "x", f.basis(name))
+    return Row(what, f.over_llama(name), 1.3, 2.0, "x", _pair_basis(f, name))
 
 
 def _share(f: Figures, kind: str) -> Row:
     name = f"decode-{kind}"
     what = f"decode step {kind}, share of the probed read bandwidth"
-    return Row(what, f.share(name, ENGINE), SHARES[kind], 0.90, "%", f.basis(name))
+    return Row(what, f.share(name, ENGINE), SHARES[kind], 0.90, "%", f.basis(name, ENGINE))
+
+
+def _pair_basis(f: Figures, name: str) -> str:
+    best = f.best_llama(name)
+    return f.basis(name, ENGINE, best) if best else "no rounds"
 
 
 def _prefill(f: Figures, kind: str) -> Row:
     name = f"prefill-{kind}"
     best = f.best_llama(name) or "llama.cpp"
     what = f"prefill of 512 tokens {kind} over {best}, no AMX"
-    return Row(what, f.over_llama(name), 1.0, 1.5, "x", f.basis(name))
+    return Row(what, f.over_llama(name), 1.0, 1.5, "x", _pair_basis(f, name))
 
 
 def _verification(f: Figures, kind: str) -> list[Row]:
@@ -242,9 +256,11 @@ def _verification(f: Figures, kind: str) -> list[Row]:
         one = f.step_bytes(f"verify-{kind}", "1 rows")
         many = f.step_bytes(f"verify-{kind}", f"{rows} rows")
         more = f"; {many / one:.2f} times the bytes of one token" if one and many else ""
-        basis = f.basis(f"verify-{kind}") + more
+        label = f"{rows} rows"
+        pair = f.basis(f"verify-{kind}", "1 rows", label) + more
+        basis = f.basis(f"verify-{kind}", label) + more
         what = f"verification of {rows} tokens {kind}: time over the bound"
-        out.append(Row(f"{what} of a plain step scaled by bytes", scaled, 1.2, 1.1, "x", basis,
+        out.append(Row(f"{what} of a plain step scaled by bytes", scaled, 1.2, 1.1, "x", pair,
                        True))  # fmt: skip
         out.append(Row(f"{what} of bytes at the probed bandwidth", probed, 1.2, 1.1, "x", basis,
                        True))  # fmt: skip
@@ -257,7 +273,7 @@ def _drafts(f: Figures, model: str) -> list[Row]:
     rates = f.rates(model) if f.newest(name) else ()
     kind = "simulated" if model != EMBEDDED else "real"
     shown = "/".join(f"{p:.2f}".lstrip("0") for p in rates)
-    basis = f.basis(name) + (f"; {kind} acceptance {shown}" if shown else "")
+    basis = f.basis(name, "mtp auto", "mtp 0") + (f"; {kind} acceptance {shown}" if shown else "")
     out = [Row(f"drafts (auto) over none, {model}", auto, 1.0, None, "x", basis)]
     bounds = {k: b for k in (1, 2, 3) if (b := f.draft_bound(model, k, rates)) is not None}
     if model != EMBEDDED:

@@ -53,10 +53,6 @@ def _new(source: str, panels: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat)
 
 
-def _speed(f: Figures, case: str, label: str) -> Ratio | None:
-    return f.per_round(case, label, lambda _, m: m.median_ts)
-
-
 def _by_type(f: Figures, source: str) -> Figure | None:
     """Decode and prefill by type for all arms, and the share of the bandwidth."""
     kinds = [k for k in TYPES if f.newest(f"decode-{k}") or f.newest(f"prefill-{k}")]
@@ -66,7 +62,7 @@ def _by_type(f: Figures, source: str) -> Figure | None:
     labels = (ENGINE, LLAMA, "llama.cpp no-repack")
     for panel, what in zip(axes, ("decode", "prefill"), strict=False):
         for i, label in enumerate(labels):
-            values = [_speed(f, f"{what}-{k}", label) for k in kinds]
+            values = [f.speed(f"{what}-{k}", label) for k in kinds]
             _bars(panel, values, i, len(labels), label)
         panel.set_ylabel(f"{what}, tokens/s")
     for i, label in enumerate(labels):
@@ -129,7 +125,7 @@ def _line(axes: Axes, series: Series, index: int, label: str, dashed: bool = Fal
 
 
 def _series(f: Figures, case: str, labels: Sequence[tuple[float, str]]) -> Series:
-    found = [(x, _speed(f, case, label)) for x, label in labels]
+    found = [(x, f.speed(case, label)) for x, label in labels]
     return [(x, r) for x, r in found if r is not None]
 
 
@@ -237,7 +233,7 @@ def _micro_batch(f: Figures, source: str) -> Figure | None:
     figure, (axes,) = _new(source, 1)
     _line(axes, series, 0, ENGINE)
     best = f.best_llama("prefill-q4_0")
-    other = _speed(f, "prefill-q4_0", best) if best else None
+    other = f.speed("prefill-q4_0", best) if best else None
     if other is not None:
         axes.axhline(other.value, color=COLOURS[1], linestyle="--", label=f"{best} (its 512)")
     axes.set_xscale("log", base=2)

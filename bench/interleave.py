@@ -1,12 +1,13 @@
 """Interleaved timing: A B A B in one run, with the memory's speed probed before and after.
 
-A *round* measures every arm once, one after the other, between two probes of the read bandwidth.
-Rounds are appended to a file of JSON lines as they finish, so a run can be cut short (Ctrl-C) and
-gone on with at any later moment; nothing but the unfinished round is lost.
+A *round* measures every arm once, one after the other, each between two probes of the read
+bandwidth. Rounds are appended to a file of JSON lines as they finish, so a run can be cut short
+(Ctrl-C) and gone on with at any later moment; nothing but the unfinished round is lost.
 
-A round is *quiet* if its two probes agree within 10 % and both reach 90 % of the best probe seen
-on the machine, else *busy*. Absolute figures come from quiet rounds only; ratios between arms of
-the same round are taken from all of them.
+A round is *quiet* if its probes agree within 10 % and all reach 90 % of the best probe seen on the
+machine, else *busy*; a busy one whose probes agree is *steady*. The same is asked of one arm, or of
+two that are compared, by the probes beside them: where another user of the memory comes or goes in
+the middle of a round, the other arms still count.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Round:
         host: name of the processor and number of threads of the probe: rounds of one host are
             judged together.
         probe_before, probe_after: bytes per second, each repetition of the probe.
+        between: the probe after each arm but the last.
         state: load and memory of the machine when the round began.
         arms: measurement of each arm by its label, in the order in which they were run.
         failed: what went wrong with the arms that gave none.
@@ -65,22 +67,33 @@ class Round:
     state: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Measurement] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    between: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def probe(self) -> float:
-        """Read bandwidth of the round, bytes/s: median of all repetitions before and after."""
-        return median((*self.probe_before, *self.probe_after))
+        """Read bandwidth of the round, bytes/s: median of its probes."""
+        return median(self.probes())
 
-    @property
-    def worst_probe(self) -> float:
-        """The lower one of the medians before and after, bytes/s."""
-        return min(median(self.probe_before), median(self.probe_after))
+    def probes(self, *labels: str) -> list[float]:
+        """Medians of the probes, bytes/s: those before and after the arms named, or all."""
+        order = [*self.arms]
+        found = [median(self.probe_before)]
+        found += [median(self.between[k]) for k in order[:-1] if k in self.between]
+        found.append(median(self.probe_after))
+        if not labels or len(found) != len(order) + 1:
+            return found
+        places = [order.index(k) for k in labels]
+        return [found[i] for place in places for i in (place, place + 1)]
 
-    def is_quiet(self, best: float) -> bool:
-        """Whether absolute figures of the round count; `best` is the best probe, bytes/s."""
-        before, after = median(self.probe_before), median(self.probe_after)
-        agree = abs(after / before - 1) <= AGREEMENT
-        return agree and self.worst_probe >= NEAR_BEST * best
+    def is_steady(self, *labels: str) -> bool:
+        """Whether the probes beside the arms named (or all probes) agree."""
+        found = self.probes(*labels)
+        return max(found) / min(found) - 1 <= AGREEMENT
+
+    def is_quiet(self, best: float, *labels: str) -> bool:
+        """Whether absolute figures of the arms named (or of the round) count; `best` is the best
+        probe, bytes/s."""
+        return self.is_steady(*labels) and min(self.probes(*labels)) >= NEAR_BEST * best
 
 
 @dataclass(frozen=True)
@@ -122,15 +135,18 @@ def run_rounds(
         now = state()
         done: dict[str, Measurement] = {}
         failed: dict[str, str] = {}
+        after: dict[str, tuple[float, ...]] = {}
         for arm in arms:
             try:
                 done[arm.label] = arm.runner.measure(arm.test)
+                after[arm.label] = tuple(probe())
             except RunnerError as error:
                 failed[arm.label] = str(error)
                 note(f"{case}: {arm.label} failed: {error}")
         if not done:
             raise RunnerError(f"{case}: nothing could be measured: {next(iter(failed.values()))}")
-        made = Round(case, began, host, before, tuple(probe()), now, done, failed)
+        last = after.pop([*done][-1])
+        made = Round(case, began, host, before, last, now, done, failed, after)
         keep(made)
         note(f"{case} {number + 1}/{rounds}: {_line(made)}")
     return rounds
@@ -186,18 +202,19 @@ def _round(data: dict[str, Any]) -> Round:
         str(data["case"]), float(data["started"]), str(data["host"]),
         tuple(map(float, data["probe_before"])), tuple(map(float, data["probe_after"])),
         dict(data["state"]), arms, dict(data["failed"]),
+        {k: tuple(map(float, v)) for k, v in data.get("between", {}).items()},
     )  # fmt: skip
-    if not made.probe_before or not made.probe_after or min(made.probe_before) <= 0:
+    probes = [made.probe_before, made.probe_after, *made.between.values()]
+    if not all(p and min(p) > 0 for p in probes):
         raise ValueError("a probe without a speed")
     return made
 
 
 def best_probe(rounds: Iterable[Round]) -> dict[str, float]:
-    """The best probe seen on each host, bytes/s: best median before or after any round."""
+    """The best probe seen on each host, bytes/s: best median of any probe."""
     best: dict[str, float] = {}
     for r in rounds:
-        seen = max(median(r.probe_before), median(r.probe_after))
-        best[r.host] = max(seen, best.get(r.host, 0.0))
+        best[r.host] = max(*r.probes(), best.get(r.host, 0.0))
     return best
 
 
@@ -206,10 +223,18 @@ def quiet_rounds(rounds: Iterable[Round], best: dict[str, float]) -> list[Round]
     return [r for r in rounds if r.is_quiet(best[r.host])]
 
 
-def speed(rounds: Iterable[Round], label: str) -> float | None:
-    """Median tokens/s of an arm over rounds, or None without any."""
-    found = [r.arms[label].median_ts for r in rounds if label in r.arms]
-    return median(found) if found else None
+def usable(
+    rounds: Sequence[Round], best: dict[str, float], *labels: str
+) -> tuple[list[Round], str]:
+    """The rounds whose arms `labels` can be judged, and what they are: those where the arms were
+    quiet, else those where they were steady, else all that have them."""
+    mine = [r for r in rounds if all(k in r.arms for k in labels)]
+    quiet = [r for r in mine if r.is_quiet(best[r.host], *labels)]
+    steady = [r for r in mine if r.is_steady(*labels)]
+    for found, kind in ((quiet, "quiet"), (steady, "steady"), (mine, "unsteady")):
+        if found:
+            return found, kind
+    return [], ""
 
 
 def ratio(rounds: Iterable[Round], label: str, to: str) -> Ratio | None:

@@ -217,17 +217,27 @@ def test_resident_memory_is_the_largest_of_all_tests() -> None:
 def test_only_rounds_of_the_newest_kernels_count() -> None:
     old = a_round("decode-q4_0", refimpl=replace(decode(10.0), record={"kernels": "old"}))
     new = a_round("decode-q4_0", refimpl=decode(20.0))
-    assert Figures([old, old, new]).case("decode-q4_0") == [new]
+    assert Figures([old, old, new]).newest("decode-q4_0") == [new]
 
 
-def test_busy_rounds_count_only_where_there_is_no_quiet_one() -> None:
+def test_slow_rounds_count_only_where_there_is_no_quiet_one() -> None:
     quiet = a_round("decode-q4_0", refimpl=decode(20.0))
-    busy = a_round("decode-q4_0", probe=PROBE / 2, refimpl=decode(10.0))
-    figures = Figures([quiet, busy])
-    assert figures.case("decode-q4_0") == [quiet]
-    assert figures.basis("decode-q4_0") == "1 quiet round, 1 busy not counted"
-    alone = Figures([a_round("verify-q4_0"), busy])
-    assert alone.case("decode-q4_0") == [busy] and alone.basis("decode-q4_0") == "1 busy round"
+    slow = a_round("decode-q4_0", probe=PROBE / 2, refimpl=decode(10.0))
+    figures = Figures([quiet, slow])
+    found = figures.speed("decode-q4_0", "refimpl")
+    assert found is not None and (found.value, found.rounds) == (20, 1)
+    assert figures.basis("decode-q4_0", "refimpl") == "1 quiet round of 2"
+    alone = Figures([a_round("verify-q4_0", **{"1 rows": decode(1.0)}), slow])
+    found = alone.speed("decode-q4_0", "refimpl")
+    assert found is not None and found.value == 10
+    steady = "1 steady round of 1, memory at 50 % of its best"
+    assert alone.basis("decode-q4_0", "refimpl") == steady
+
+
+def test_no_share_of_a_bandwidth_that_changed_meanwhile() -> None:
+    made = replace(a_round("decode-q4_0", refimpl=decode(20.0)), probe_after=(PROBE / 2,))
+    assert Figures([made]).share("decode-q4_0", "refimpl") is None
+    assert Figures([made]).speed("decode-q4_0", "refimpl") is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Interleaved rounds: their order, what is kept, when they are quiet, and ratios within them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -16,7 +17,7 @@ from bench.interleave import (
     ratio_of,
     read_rounds,
     run_rounds,
-    speed,
+    usable,
 )
 from bench.runners.base import Measurement, RunnerError, RunnerTest
 from hwmodel.errors import RunFileError
@@ -49,7 +50,7 @@ def a_round(before: float, after: float, case: str = "c", **speeds: float) -> Ro
     return Round(case, 0.0, "host", (before,), (after,), {}, made)
 
 
-def test_arms_take_turns_between_two_probes_of_each_round() -> None:
+def test_arms_take_turns_each_between_two_probes() -> None:
     log: list[str] = []
 
     def probe() -> tuple[float, ...]:
@@ -58,7 +59,7 @@ def test_arms_take_turns_between_two_probes_of_each_round() -> None:
 
     kept: list[Round] = []
     run_rounds("c", arms(log, a=[1, 2], b=[3, 4]), 2, probe, "host", kept.append)
-    assert log == ["probe", "a", "b", "probe"] * 2
+    assert log == ["probe", "a", "probe", "b", "probe"] * 2
     assert [[m.median_ts for m in r.arms.values()] for r in kept] == [[1, 3], [2, 4]]
 
 
@@ -136,13 +137,32 @@ def test_each_host_has_its_own_best_probe() -> None:
     assert quiet_rounds([a_round(100, 98), slow], best) == [a_round(100, 98), slow]
 
 
+def test_arms_are_judged_by_the_probes_beside_them() -> None:
+    # the memory gets slow after b: a and b are quiet, c is not steady, the last arm d is
+    made = a_round(100, 60, a=1, b=1, c=1, d=1)
+    made = replace(made, between={"a": (99.0,), "b": (98.0,), "c": (61.0,)})
+    assert made.probes() == [100, 99, 98, 61, 60]
+    assert made.probes("b") == [99, 98] and made.probes("a", "d") == [100, 99, 61, 60]
+    assert not made.is_steady() and not made.is_quiet(100)
+    assert made.is_quiet(100, "a", "b") and not made.is_quiet(100, "a", "d")
+    assert made.is_steady("d") and not made.is_quiet(100, "d") and not made.is_steady("c")
+
+
+def test_quiet_rounds_go_before_steady_and_these_before_unsteady_ones() -> None:
+    quiet, steady, unsteady = a_round(100, 99, a=1), a_round(50, 51, a=1), a_round(100, 50, a=1)
+    best = {"host": 100.0}
+    assert usable([quiet, steady, unsteady], best, "a") == ([quiet], "quiet")
+    assert usable([steady, unsteady], best, "a") == ([steady], "steady")
+    assert usable([unsteady], best, "a") == ([unsteady], "unsteady")
+    assert usable([quiet], best, "b") == ([], "")
+
+
 def test_ratios_are_taken_within_rounds() -> None:
     # the machine is twice as fast in the second round; the ratio is the same
     rounds = [a_round(1, 1, a=10, b=5), a_round(2, 2, a=20, b=10), a_round(1, 1, a=10)]
     found = ratio(rounds, "a", "b")
     assert found is not None
     assert (found.value, found.low, found.high, found.rounds) == (2, 2, 2, 2)
-    assert speed(rounds, "a") == 10 and speed(rounds, "c") is None
     assert ratio(rounds, "a", "c") is None
 
 
