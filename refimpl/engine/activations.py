@@ -48,6 +48,7 @@ from refimpl.engine.vec import (
     store,
     store_f32,
     store_i32,
+    store_i64,
     vabs,
     vmax,
     vround,
@@ -252,12 +253,14 @@ def _super(scratch, columns, out, form):
             block = 8 * group + j
             scale = load_f32(scales + 4 * block)
             total = scale * np.float32(load_i32(sums + 4 * block))
-            if form == SUPER_MIN:  # sub-blocks 0 2 | 1 3 | 4 6 | 5 7
-                place = to + (j // 4) * 128 + (j % 2) * 64 + (j % 4) // 2 * 32
-                store(place, first)
-                store(place + 16, last)
-                _factors(to, j, scale, np.float32(0))
-                _factors(to, j + 8, np.float32(0), -total)
+            if form == SUPER_MIN:  # by eights, sub-blocks 0 2 4 6 1 3 5 7
+                place = j // 2 + j % 2 * 4
+                for k in range(4):
+                    store_i64(to + 64 * k + 8 * place, load_i64(codes + 32 * j + 8 * k))
+                store_f32(to + 256 + 8 * place, scale)
+                store_f32(to + 260 + 8 * place, scale)
+                store_f32(to + 320 + 4 * j, np.float32(0))
+                store_f32(to + 352 + 4 * j, -total)
             elif form == SUPER_HALVES:  # first halves of 0..3, last halves of 0..3, and 4..7
                 place = to + (j // 4) * 128 + (j % 4) * 16
                 store(place, first)

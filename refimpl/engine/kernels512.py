@@ -34,6 +34,7 @@ from refimpl.engine.lanes import (
     join_i8x32,
     literal,
     repeated_halves,
+    shuffler,
     where_bits,
 )
 from refimpl.engine.simd import Simd
@@ -43,17 +44,21 @@ from refimpl.engine.vec import (
     I8x32,
     I8x64,
     I32x16,
+    I64x8,
     convert,
     fma,
     load,
     load_f16,
+    load_i64,
     load_u8,
     load_u16,
     load_u32,
     prefetch,
     reduce_add,
+    reinterpret,
     shift_left,
     shift_right,
+    shift_right_each,
     splat,
     stack,
     store_f32,
@@ -247,10 +252,6 @@ def _added_pairs(fmt):
 # ------------------------------------------------------------------ super-blocks
 
 # How the 16 scales fall on the 16 lanes of each of the four vectors of codes.
-_min_0 = lane_permuter([0] * 8 + [2] * 8)
-_min_1 = lane_permuter([1] * 8 + [3] * 8)
-_min_2 = lane_permuter([4] * 8 + [6] * 8)
-_min_3 = lane_permuter([5] * 8 + [7] * 8)
 _quarter_0 = lane_permuter([i // 4 for i in range(16)])
 _quarter_1 = lane_permuter([4 + i // 4 for i in range(16)])
 _quarter_2 = lane_permuter([8 + i // 4 for i in range(16)])
@@ -260,27 +261,6 @@ _quarter_3 = lane_permuter([12 + i // 4 for i in range(16)])
 def super_codes(fmt: Any, w: int) -> Any:
     """A block's codes (four I8x64) and its 16 scales (F32x16)."""
     raise NotImplementedError("only called from compiled kernels")
-
-
-def spread(fmt: Any, scales: Any) -> Any:
-    """The scales on the lanes of the four vectors of codes."""
-    raise NotImplementedError("only called from compiled kernels")
-
-
-@overload(spread, jit_options=_INLINE)
-def _spread(fmt, scales):
-    def with_minimum(fmt, scales):
-        return _min_0(scales), _min_1(scales), _min_2(scales), _min_3(scales)
-
-    def halves(fmt, scales):
-        first, last = _quarter_0(scales), _quarter_1(scales)
-        return first, first, last, last
-
-    def quarters(fmt, scales):
-        return _quarter_0(scales), _quarter_1(scales), _quarter_2(scales), _quarter_3(scales)
-
-    kinds = {"super_min": with_minimum, "super_halves": halves, "super": quarters}
-    return kinds[fmt.parameter.kind512]
 
 
 @njit(forceinline=True)
@@ -372,20 +352,87 @@ def _iq4_xs_scales(w):
     return convert(F32x16, lanes) * splat(F32x16, load_f16(w))
 
 
+# Q4_K and Q5_K: vector k of four holds values 8 k .. 8 k + 7 of every sub-block, in this order, so
+# that two lanes belong to a sub-block in all of them and their sums go on in the same lanes.
+_chunks = [shuffler(I64x8, [k, 4 + k, 8 + k, 12 + k] * 2) for k in range(4)]
+_chunks0, _chunks1, _chunks2, _chunks3 = _chunks
+_high_last = literal(I64x8, [0] * 4 + [4] * 4)
+_fifth_bits = literal(I64x8, [0x0101010101010101 * (1 << i) for i in (0, 2, 4, 6, 1, 3, 5)]
+                      + [-0x7F7F7F7F7F7F7F80])  # fmt: skip
+_by_sub_block = lane_permuter([i for j in (0, 2, 4, 6, 1, 3, 5, 7) for i in (j, j)])
+
+
+@njit(forceinline=True)
+def _low_or_high(chunks):
+    nibbles = reinterpret(I8x64, shift_right_each(chunks, _high_last()))
+    return nibbles & splat(I8x64, 15)
+
+
+@njit(forceinline=True)
+def _by_eights(at):
+    """The nibbles of 128 bytes as four vectors."""
+    a, b = load(I64x8, at), load(I64x8, at + 64)
+    c0, c1 = _low_or_high(_chunks0(a, b)), _low_or_high(_chunks1(a, b))
+    return c0, c1, _low_or_high(_chunks2(a, b)), _low_or_high(_chunks3(a, b))
+
+
+@njit(forceinline=True)
+def _q4_k_step(w):
+    c0, c1, c2, c3 = _by_eights(w + 16)
+    scales = _k_scales(w)
+    return c0, c1, c2, c3, scales, _by_sub_block(scales)
+
+
+@njit(forceinline=True)
+def _with_fifth(codes, at):
+    bits = reinterpret(I8x64, splat(I64x8, load_i64(at)))
+    return codes | where_bits(bits, reinterpret(I8x64, _fifth_bits()), splat(I8x64, 16))
+
+
+@njit(forceinline=True)
+def _q5_k_step(w):
+    c0, c1, c2, c3 = _by_eights(w + 48)
+    c0, c1 = _with_fifth(c0, w + 16), _with_fifth(c1, w + 24)
+    c2, c3 = _with_fifth(c2, w + 32), _with_fifth(c3, w + 40)
+    scales = _k_scales(w)
+    return c0, c1, c2, c3, scales, _by_sub_block(scales)
+
+
 def _added_super(fmt):
-    def block(fmt, step, x, acc):
+    """The products of a block are summed apart, so that it need not wait for the one before."""
+
+    def with_minimum(fmt, step, x, acc):
+        c0, c1, c2, c3, scales, spread_scales = step
+        dot = dot64(dot64(zeros(I32x16), c0, load(I8x64, x)), c1, load(I8x64, x + 64))
+        dot = dot64(dot64(dot, c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
+        part = scales * load(F32x16, x + 320)
+        return acc + fma(convert(F32x16, dot), spread_scales * load(F32x16, x + 256), part)
+
+    def halves(fmt, step, x, acc):
+        c0, c1, c2, c3, scales = step
+        part = scales * load(F32x16, x + 320)
+        factors = scales * load(F32x16, x + 256)
+        dot = dot64(dot64(zeros(I32x16), c0, load(I8x64, x)), c1, load(I8x64, x + 64))
+        part = fma(convert(F32x16, dot), _quarter_0(factors), part)
+        dot = dot64(dot64(zeros(I32x16), c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
+        return acc + fma(convert(F32x16, dot), _quarter_1(factors), part)
+
+    def quarters(fmt, step, x, acc):
         c0, c1, c2, c3, scales = step
         none = zeros(I32x16)
-        f0, f1, f2, f3 = spread(fmt, scales * load(F32x16, x + 256))
-        # summed apart, so that one block need not wait for the sum of the one before
+        factors = scales * load(F32x16, x + 256)
         part = scales * load(F32x16, x + 320)
-        part = fma(convert(F32x16, dot64(none, c0, load(I8x64, x))), f0, part)
-        part = fma(convert(F32x16, dot64(none, c1, load(I8x64, x + 64))), f1, part)
-        part = fma(convert(F32x16, dot64(none, c2, load(I8x64, x + 128))), f2, part)
-        part = fma(convert(F32x16, dot64(none, c3, load(I8x64, x + 192))), f3, part)
-        return acc + part
+        dot = dot64(none, c0, load(I8x64, x))
+        part = fma(convert(F32x16, dot), _quarter_0(factors), part)
+        dot = dot64(none, c1, load(I8x64, x + 64))
+        part = fma(convert(F32x16, dot), _quarter_1(factors), part)
+        dot = dot64(none, c2, load(I8x64, x + 128))
+        part = fma(convert(F32x16, dot), _quarter_2(factors), part)
+        dot = dot64(none, c3, load(I8x64, x + 192))
+        return acc + fma(convert(F32x16, dot), _quarter_3(factors), part)
 
-    return block
+    kinds = {"super_min": with_minimum, "super_halves": halves, "super": quarters}
+    return kinds[fmt.parameter.kind512]
 
 
 # ------------------------------------------------------------------ choice
@@ -400,6 +447,10 @@ def _decoded(fmt, w):
         return lambda fmt, w: _q8_0(fmt, w)
     if kind.startswith("quads"):
         return lambda fmt, w: quads(fmt, w)
+    if fmt.parameter.name == "Q4_K":
+        return lambda fmt, w: _q4_k_step(w)
+    if fmt.parameter.name == "Q5_K":
+        return lambda fmt, w: _q5_k_step(w)
     return lambda fmt, w: super_codes(fmt, w)
 
 

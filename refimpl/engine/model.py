@@ -23,7 +23,7 @@ from refimpl.errors import InputError
 from refimpl.reference.trace import Trace
 
 _MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
-MICRO_BATCH = 256
+MICRO_BATCH = 512
 """Rows that run through the model at once in prefill."""
 
 

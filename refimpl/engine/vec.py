@@ -66,6 +66,7 @@ class _VecModel(models.PrimitiveModel):
 I8x16, I8x32, I8x64 = VecType("i8", 16), VecType("i8", 32), VecType("i8", 64)
 I16x8, I16x16, I16x32 = VecType("i16", 8), VecType("i16", 16), VecType("i16", 32)
 I32x4, I32x8, I32x16 = VecType("i32", 4), VecType("i32", 8), VecType("i32", 16)
+I64x8 = VecType("i64", 8)
 F16x16 = VecType("f16", 16)
 F32x4, F32x8, F32x16 = VecType("f32", 4), VecType("f32", 8), VecType("f32", 16)
 
@@ -313,6 +314,16 @@ def _shift(name: str, doc: str) -> Any:
 
 shift_left = _shift("shl", "Lanes shifted left by a literal number of bits.")
 shift_right = _shift("lshr", "Lanes shifted right by a literal number of bits, zeros coming in.")
+
+
+@intrinsic
+def shift_right_each(typingctx, value, bits):
+    """Lanes shifted right by the lanes of `bits`, zeros coming in."""
+
+    def emit(context, builder, signature, args):
+        return builder.lshr(args[0], args[1])
+
+    return (value(value, bits), emit) if value == bits else None
 
 
 def _conversion(chosen: Callable[[VecType, VecType], str], doc: str) -> Any:
