@@ -150,8 +150,10 @@ class Step(IntEnum):
     SECOND_Y = 57
     TILES = 58  # unpacked weights,
     FREE = 59  # and what is left for other uses
-    FETCH = 60  # called with a MoE layer's record once its experts are chosen, or 0
-    SIZE = 61
+    FETCH = 60  # called with a MoE layer's record once its experts are chosen, or 0,
+    FETCHED = 61  # address of how often it has answered,
+    ORDER = 62  # and of the order in which used experts are computed: the i-th one's number
+    SIZE = 63
 
 
 ATTENTION_PART, FFN_PART = 1, 2

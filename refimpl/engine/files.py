@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refimpl.engine.memory import available_bytes
 from refimpl.errors import CheckpointError
 
 _POPULATE_READ = 22  # MADV_POPULATE_READ (Linux 5.14)
@@ -70,10 +71,8 @@ class MappedFile:
 
 def fits_memory(files: Sequence[MappedFile], beside: int = 0) -> bool:
     """Whether the files can be in memory whole, `beside` bytes of other needs included."""
-    import psutil
-
     needed = sum(file.size for file in files) + beside + _SPARE_BYTES
-    return bool(needed <= psutil.virtual_memory().available)
+    return bool(needed <= available_bytes())
 
 
 def populate(files: Sequence[MappedFile], progress: Callable[[int, int], None]) -> None:
@@ -84,13 +83,21 @@ def populate(files: Sequence[MappedFile], progress: Callable[[int, int], None]) 
     Args:
         progress: called with (bytes done, bytes in all).
     """
-    total, done = sum(file.size for file in files), 0
-    for file in files:
-        for start in range(0, file.size, _PART):
+    populate_parts([(file, 0, file.size) for file in files], progress)
+
+
+def populate_parts(
+    parts: Sequence[tuple[MappedFile, int, int]], progress: Callable[[int, int], None]
+) -> None:
+    """As `populate`, for parts (file, start, length) of files; starts are whole pages."""
+    total, done = sum(length for _, _, length in parts), 0
+    for file, first, length in parts:
+        for start in range(0, length, _PART):
             file.check()
-            _touch(file, start, min(_PART, file.size - start))
-            progress(done + min(start + _PART, file.size), total)
-        done += file.size
+            size = min(_PART, length - start)
+            _touch(file, first + start, size)
+            progress(done + start + size, total)
+        done += length
 
 
 def _touch(file: MappedFile, start: int, length: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +33,65 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def available_bytes() -> int:
+    """Memory that can still be taken: what the machine has free, and what the control groups that
+    this process is in (containers, services) allow. Page cache counts as free."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_group_allowances()])
+
+
+def own_bytes() -> int:
+    """Memory of this process beside the files that it maps."""
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+_GROUPS = Path("/proc/self/cgroup")
+_MOUNT = Path("/sys/fs/cgroup")
+# limit, use, and the page cache within it, in both versions of Linux's control groups
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_VERSION_2 = ("memory.max", "memory.current", "")
+
+
+def _group_allowances() -> list[int]:
+    """What each control group with a limit still allows; none where there are no such groups."""
+    out = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in _GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                root, names = _MOUNT / "memory", _VERSION_1
+            elif not controllers:
+                root, names = _MOUNT, _VERSION_2
+            else:
+                continue
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                out += _allowance(folder, *names)
+                if folder == root:
+                    break
+    return out
+
+
+def _allowance(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+        allowed = int((folder / limit).read_text())  # 'max' is no number: no limit
+        return [max(0, allowed - int((folder / use).read_text()) + cached)]
+    return []
+
+
 def require_memory(needed: int, what: str) -> None:
     """Refuse what the machine has no room for, before allocating.
 
     Raises:
         InputError: with the arithmetic.
     """
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     if needed > free - _RESERVE_BYTES:
         raise InputError(
             f"{what} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are free "

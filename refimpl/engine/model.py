@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.attention import KV_TYPES, KvType
+from refimpl.engine.budget import planned_slots
 from refimpl.engine.caches import EngineCache, cache_bytes
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.memory import Bytes, require_memory
 from refimpl.engine.program import Program
+from refimpl.engine.residency import Residency
 from refimpl.engine.simd import choose_simd
 from refimpl.engine.threads import Team, default_threads
 from refimpl.errors import InputError
@@ -37,6 +40,8 @@ class EngineModel:
         kv_type: 'f16', 'f32' or 'q8_0'; default f16, with `exact` f32.
         simd: 'avx512', 'avx2' or 'portable'; default `REFIMPL_SIMD` or the best.
         micro_batch: rows at once in prefill.
+        memory_bytes: what the process may use of memory, mapped files included; default what
+            is free. A larger checkpoint has its experts read from disk when they are chosen.
         ring: False keeps all rows on sliding layers too (for tests of the ring).
 
     A row's result has the same bits for any number of threads, any chunking of a prompt and any
@@ -56,6 +61,7 @@ class EngineModel:
         simd: str | None = None,
         micro_batch: int = MICRO_BATCH,
         ring: bool = True,
+        memory_bytes: int | None = None,
     ) -> None:
         if micro_batch < _MAX_DECODE_ROWS:
             raise InputError(f"micro_batch is {micro_batch}, expected {_MAX_DECODE_ROWS} or more")
@@ -64,6 +70,8 @@ class EngineModel:
         self.team = Team(default_threads() if threads is None else threads)
         self._simd, self._exact = choose_simd(simd), exact
         self.program = Program(source, self.team, self._simd, exact, self._kv, micro_batch)
+        slots = planned_slots(source, self.program, memory_bytes)
+        self.residency = None if slots is None else Residency(self.program, source, slots)
 
     @property
     def config(self) -> ModelConfig:
@@ -89,8 +97,14 @@ class EngineModel:
         limit = self.config.max_position_embeddings
         if not 0 < capacity <= limit:
             raise InputError(f"a context of {capacity} tokens is asked for; the model has {limit}")
-        require_memory(self.cache_bytes(capacity), self._context(capacity))
-        return EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
+        size = self.cache_bytes(capacity)
+        require_memory(size, self._context(capacity))
+        if self.residency is not None:
+            self.residency.make_room(size)
+        made = EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
+        if self.residency is not None:
+            weakref.finalize(made, self.residency.make_room, -size)
+        return made
 
     def _context(self, capacity: int) -> str:
         """How much a context needs and why, for messages."""
@@ -129,8 +143,9 @@ class EngineModel:
         """
         ids, own = self._checked(tokens, cache)
         logits, hidden = [], []
-        for at in range(0, len(ids), self._micro_batch):
-            part = ids[at : at + self._micro_batch]
+        rows = self._rows_at_once
+        for at in range(0, len(ids), rows):
+            part = ids[at : at + rows]
             last = at + len(part) == len(ids)
             wanted = len(part) if all_logits else int(last)
             step = self._trunk(part, own, wanted, trace)
@@ -207,6 +222,7 @@ class EngineModel:
             "threads": self.threads,
             "activations": "float32" if self._exact or not self._simd.integer else "int8",
             "kv_type": self._kv.name,
+            "experts_held": None if self.residency is None else self.residency.slots,
         }
 
     @property
@@ -220,8 +236,12 @@ class EngineModel:
         return self._kv.row_bytes(32) / 32
 
     def read_ahead(self, progress: Callable[[int, int], None]) -> bool:
-        """Read the checkpoint into memory, if it is large and fits; whether it was read."""
+        """Read the checkpoint into memory, if it is large and fits, or else what every token
+        reads; whether anything was read."""
         files = self.files
+        if self.residency is not None:
+            self.residency.read_shared(progress)
+            return True
         if sum(file.size for file in files) < LARGE_BYTES or not fits_memory(files):
             return False
         populate(files, progress)
@@ -230,17 +250,20 @@ class EngineModel:
     def close(self) -> None:
         """End the engine's threads; the model cannot be used afterwards."""
         self.team.close()
+        if self.residency is not None:
+            self.residency.close()
 
     def mtp_teacher_forced(self, tokens: Tokens, hidden: Array) -> list[tuple[Array, Array]]:
         """Logits (T-1-k, V) and block outputs (T-1-k, H) of every MTP layer k over a known text,
         as `ReferenceModel.mtp_teacher_forced`."""
         ids, first = self._ids(tokens).tolist(), self.config.num_hidden_layers
         cache, u, out = self.new_cache(len(ids)), hidden, []
+        rows_at_once = self._rows_at_once
         for k in range(self.config.num_nextn_predict_layers):
             count = max(0, len(ids) - 1 - k)
             rows, logits = [u[:0]], [np.empty((0, self.config.vocab_size), dtype=np.float32)]
-            for at in range(0, count, self._micro_batch):
-                part = slice(at, min(at + self._micro_batch, count))
+            for at in range(0, count, rows_at_once):
+                part = slice(at, min(at + rows_at_once, count))
                 embedded = self._embedded(ids[k + 1 :][part])
                 layers = range(first + k, first + k + 1)
                 made = self.program.run(u[part], layers, cache, at, 0, embedded)
@@ -249,6 +272,12 @@ class EngineModel:
             u = np.concatenate(rows)
             out.append((np.concatenate(logits), u))
         return out
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Rows of a step: a micro-batch, or as many as memory holds the experts of."""
+        most = self._micro_batch
+        return most if self.residency is None else min(most, self.residency.max_rows)
 
     def _trunk(self, ids: Array, cache: EngineCache, wanted: int, trace: Trace | None = None,
                row_by_row: bool = False) -> Step:  # fmt: skip
@@ -274,8 +303,9 @@ class EngineModel:
         """Rows (R, H) of MTP layer k from position `start`, and the last one's logits (V,)."""
         layer = self.config.num_hidden_layers + k
         out = []
-        for at in range(0, len(u), self._micro_batch):
-            part = slice(at, at + self._micro_batch)
+        rows_at_once = self._rows_at_once
+        for at in range(0, len(u), rows_at_once):
+            part = slice(at, at + rows_at_once)
             embedded = self._embedded(ids[part])
             count = len(embedded)
             last = at + count == len(u)

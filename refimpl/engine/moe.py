@@ -153,12 +153,15 @@ def expert_swiglu_phase(step, layer, mine):
     limit = float_field(layer, Layer.LIMIT)
     per_expert = (width + chunk - 1) // chunk
     units = load_i64(table) * per_expert
+    order = field(step, Step.ORDER)
     counters = claims(step, mine)
     while True:
         unit = claim(step, counters, units, mine)
         if unit >= units:
             return
         number, first = unit // per_expert, unit % per_expert * chunk
+        if order:
+            number = load_i64(order + 8 * number)
         rows = min(chunk, width - first)
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
         _set_pairs(step, ordered, start, end, x, x_bytes, k, mine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
 from refimpl.engine.attention import KvType, attending, state_bytes, storing
 from refimpl.engine.caches import EngineCache
-from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Step, float_bits
+from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Matrix, Step, float_bits
 from refimpl.engine.files import MappedFile
 from refimpl.engine.memory import ALIGNMENT, Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
@@ -66,6 +67,7 @@ class Program:
         self._fixed_fields(simd, kv)
         self._run = runner(simd).ctypes
         self._lock = threading.Lock()
+        self._finish: Callable[[], None] | None = None
         # Runs by (first layer, stop, whether a head was run).
         self.runs: Counter[tuple[int, int, bool]] = Counter()
 
@@ -103,7 +105,36 @@ class Program:
             self._step[Step.PARTS] = parts
             self.runs[layers.start, layers.stop, bool(len(logits))] += 1
             self._team.run(self._run, address(self._step))
+            if self._finish is not None:
+                self._finish()
             return rows.copy(), logits
+
+    def layer_address(self, layer: int) -> int:
+        """Where a layer's record lies."""
+        return self._layers[layer].address
+
+    def set_places(self, layer: int, number: Layer, places: NDArray[np.int64]) -> None:
+        """Let a stack's matrices lie where `places` (E,) says, 0 for those still to come."""
+        at = 8 * int(number)
+        matrix = ctypes.c_int64.from_address(self._layers[layer].address + at).value
+        field = ctypes.c_int64.from_address(matrix + 8 * int(Matrix.PLACES))
+        field.value = self._records.keep(places)
+
+    def attach(
+        self,
+        fetch: int,
+        answers: NDArray[np.int64],
+        order: NDArray[np.int64],
+        finish: Callable[[], None],
+    ) -> None:
+        """Have experts fetched: `fetch` is the address of a function that is called with a MoE
+        layer's record when its experts have been chosen, and returns at once. When `answers` (1,)
+        has been raised by one, `order` (E,) says in which order the experts are computed.
+        `finish` is called after every run."""
+        self._step[Step.FETCHED] = self._records.keep(answers)
+        self._step[Step.ORDER] = self._records.keep(order)
+        self._step[Step.FETCH] = fetch
+        self._finish = finish
 
     @property
     def files(self) -> tuple[MappedFile, ...]:

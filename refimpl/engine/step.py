@@ -31,7 +31,7 @@ from refimpl.engine.moe import (
     select,
 )
 from refimpl.engine.simd import Simd
-from refimpl.engine.sync import call_address
+from refimpl.engine.sync import call_address, wait_until
 from refimpl.engine.vec import device, load_i64, store_i64
 from refimpl.engine.work import (
     adding_phase,
@@ -257,9 +257,8 @@ def _moe(step, layer, mine, thread):
     wait(step, mine)
     if thread == 0:
         group_by_expert(step)
-        fetch = field(step, Step.FETCH)
-        if fetch:
-            call_address(fetch, (layer,))
+        if field(step, Step.FETCH):
+            _fetch(step, layer)
         used = field(layer, Layer.USED) + load_i64(field(step, Step.GROUPS))
         store_i64(layer + 8 * np.int64(Layer.USED), used)
     wait(step, mine)
@@ -273,6 +272,15 @@ def _moe(step, layer, mine, thread):
     wait(step, mine)
     expert_down_phase(step, layer, mine)
     wait(step, mine)
+
+
+@device(types.void)
+def _fetch(step, layer):
+    """Have the chosen experts brought into memory; returns when it is known which are missing."""
+    fetched = field(step, Step.FETCHED)
+    answers = load_i64(fetched)
+    call_address(field(step, Step.FETCH), (layer,))
+    wait_until(fetched, answers + 1)
 
 
 @device(types.void)

@@ -181,6 +181,7 @@ def test_models_are_opened_with_the_engines_options(widened: Callable[[str], Pat
             "threads": 1,
             "activations": "float32",
             "kv_type": "q8_0",
+            "experts_held": None,
         }
         assert isinstance(opened.backend.files[0], MappedFile)
     with open_model(path, dtype="float64") as opened:

@@ -1,0 +1,64 @@
+"""How a model that is larger than memory divides the memory that it may use."""
+
+from __future__ import annotations
+
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.engine.disk import supported
+from refimpl.engine.files import fits_memory
+from refimpl.engine.memory import available_bytes, own_bytes
+from refimpl.engine.program import Program
+from refimpl.engine.residency import minimal_slots, shared_parts, slot_bytes
+from refimpl.errors import InputError
+
+_LEAST_SPARE, _MOST_SPARE = 256 << 20, 1 << 30
+
+
+def planned_slots(
+    source: StoredSource, program: Program, memory_bytes: int | None = None
+) -> int | None:
+    """Experts to hold in memory, or None if the checkpoint is used from its memory map alone:
+    all of it fits, it has no routed experts, or this system cannot read into given memory.
+
+    Args:
+        memory_bytes: what the process may use, mapped files included; by default what is free
+            but for a sixteenth (256 MB to 1 GB).
+
+    Raises:
+        InputError: less than a step needs, or more than there is.
+    """
+    size = sum(file.size for file in program.files)
+    if not supported() or not any(spec.is_moe for spec in source.config.layers):
+        return None
+    if memory_bytes is None and fits_memory(program.files):
+        return None
+    free = available_bytes()
+    if memory_bytes is None:
+        room = free - min(max(free // 16, _LEAST_SPARE), _MOST_SPARE)
+    elif memory_bytes >= size + own_bytes():
+        return None
+    elif memory_bytes > free + own_bytes():
+        raise InputError(
+            f"{memory_bytes / 1e9:.2f} GB of memory may be used, but only "
+            f"{free / 1e9:.2f} GB are free; allow less"
+        )
+    else:
+        room = memory_bytes - own_bytes()
+    return _slots(source, program, size, room)
+
+
+def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
+    shared = sum(length for _, _, length in shared_parts(source, program.files))
+    working = sum(part.nbytes for part in program.working_memory())
+    each, least = slot_bytes(source), minimal_slots(source.config)
+    slots = (room - shared - working) // each
+    if slots < least:
+        needed = shared + working + least * each
+        raise InputError(
+            f"the model's {size / 1e9:.2f} GB do not fit the {max(0, room) / 1e9:.2f} GB that may "
+            f"be used, and experts cannot be left on disk with less than {needed / 1e9:.2f} GB: "
+            f"{shared / 1e9:.2f} that every token reads, {working / 1e9:.2f} to compute in, "
+            f"{least * each / 1e9:.2f} for {least} experts; free or allow more memory, or use a "
+            "smaller type"
+        )
+    moe = sum(spec.is_moe for spec in source.config.layers)
+    return int(min(slots, moe * source.config.moe_num_experts))
