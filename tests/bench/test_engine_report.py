@@ -280,7 +280,7 @@ def test_the_report_comes_from_one_command_and_repeats(data: Path, tmp_path: Pat
         assert (data / f"{name}.png").stat().st_size > 10_000
         assert (data / f"{name}.svg").read_text().startswith("<?xml")
         assert f"](data/{name}.png)" in text
-    assert "not measured" not in text
+    assert text.count("not measured") == 1  # the demand for processors with AMX
     assert "resident memory" in text and "200 MB" in text
     samples = (data / "samples.csv").read_text().splitlines()
     count = sum(len(m.samples_ts) for r in read_rounds(data / "rounds.jsonl")
