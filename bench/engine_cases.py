@@ -80,7 +80,7 @@ def cases(threads: int) -> tuple[Case, ...]:
     out += [_verify(kind, threads) for kind in (*TYPES, EMBEDDED)]
     out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 3) for kind in MTP_TYPES]
     out.append(_drafts(EMBEDDED, threads, (), 64, 2))
-    mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=128)
+    mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=512)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))
     out += [*(_depth(kv, threads) for kv in KV_TYPES), _depth_llama(threads)]
     out += [_variants("decode", threads), _variants("prefill", threads)]
@@ -106,7 +106,8 @@ def _variants(what: str, threads: int) -> Case:
 
 
 def _verify(kind: str, threads: int) -> Case:
-    base = RunnerTest(_path(kind), n_gen=60, threads=threads, repetitions=3)
+    tokens = 480 if kind == EMBEDDED else 60
+    base = RunnerTest(_path(kind), n_gen=tokens, threads=threads, repetitions=3)
     entries = tuple(Entry(f"{r} rows", replace(base, n_rows=r)) for r in ROWS)
     return Case(f"verify-{kind}", kind, "verification of 2 to 4 tokens", entries)
 
