@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from refimpl.engine.memory import round_up
+from refimpl.engine.memory import require_memory, round_up
 from refimpl.errors import CheckpointError
 
 BLOCK = 4096
@@ -194,3 +196,46 @@ class Readers:
                     self.busy_s += time.perf_counter() - self._since
                     self._state.notify_all()
             del task, part
+
+
+def slice_speed(
+    slices: Sequence[tuple[str, int, int]], size_bytes: int = 256 << 20, repetitions: int = 3
+) -> tuple[float, ...]:
+    """Bytes per second of reading slices in random order as `Readers` does, one per repetition.
+
+    What is on the disk's own or a host's cache cannot be told from what is not.
+
+    Args:
+        slices: path, offset and length of each.
+        size_bytes: to read in a repetition, about.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        InputError: no memory for the buffers.
+    """
+    longest = max(length for _, _, length in slices)
+    stride = round_up(longest + 2 * BLOCK, BLOCK)
+    count = max(1, min(size_bytes // longest, len(slices)))
+    require_memory(count * stride, "the disk probe")
+    memory = memoryview(mmap.mmap(-1, count * stride))
+    memory[:: mmap.PAGESIZE] = bytes(len(memory[:: mmap.PAGESIZE]))  # pages are there beforehand
+    files = {path: DirectFile(path, 0) for path in {path for path, _, _ in slices}}
+    readers, speeds = Readers(), []
+    try:
+        for repetition in range(repetitions):
+            chosen = random.Random(repetition).sample(range(len(slices)), count)
+            before, began = readers.bytes_read, time.perf_counter()
+            for number, i in enumerate(chosen):
+                path, offset, length = slices[i]
+                low, high = span(offset, length)
+                target = memory[number * stride : number * stride + high - low]
+                readers.ask(files[path], offset, length, target, int)
+            readers.settle()
+            if readers.error is not None:
+                raise readers.error
+            speeds.append((readers.bytes_read - before) / (time.perf_counter() - began))
+    finally:
+        readers.close()
+        for file in files.values():
+            file.close()
+    return tuple(speeds)

@@ -8,9 +8,11 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from refimpl.checkpoint.stored import StoredTensor
 from refimpl.engine.memory import available_bytes
 from refimpl.errors import CheckpointError
 
@@ -67,6 +69,19 @@ class MappedFile:
         if mincore(self.address, self.size, state.ctypes.data):
             return None
         return min(int(np.count_nonzero(state & 1)) * page, self.size)
+
+
+def path_of(tensor: StoredTensor) -> str:
+    """The path of the file that a tensor lies in."""
+    return tensor.where.partition(": tensor ")[0]
+
+
+def map_under(array: Any) -> mmap.mmap | None:
+    """The memory map that an array is a view of, or None."""
+    base: Any = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def fits_memory(files: Sequence[MappedFile], beside: int = 0) -> bool:

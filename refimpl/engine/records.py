@@ -7,7 +7,6 @@ sub-blocks. No tensor is decoded; only norms and biases, a few kilobytes each, a
 
 from __future__ import annotations
 
-import mmap
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from refimpl.config import LayerSpec
 from refimpl.engine.activations import BYTES, FLOAT, form_bytes, form_of
 from refimpl.engine.faults import unwatch, watch
 from refimpl.engine.fields import Layer, Matrix, float_bits
-from refimpl.engine.files import MappedFile
+from refimpl.engine.files import MappedFile, map_under, path_of
 from refimpl.engine.formats import FORMATS, SUB_BLOCK
 from refimpl.engine.kernels import PLAIN, kernel
 from refimpl.engine.memory import address
@@ -164,11 +163,9 @@ class Records:
     def _watch(self, tensor: StoredTensor) -> None:
         """Remember the mapped file that a tensor lies in."""
         self._kept.append(tensor.rows)
-        base: Any = tensor.rows
-        while isinstance(base, np.ndarray | memoryview):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap) and id(base) not in self.files:
-            file = MappedFile.of(base, tensor.where.partition(": tensor ")[0])
+        base = map_under(tensor.rows)
+        if base is not None and id(base) not in self.files:
+            file = MappedFile.of(base, path_of(tensor))
             self.files[id(base)] = file
             watch(file)
             weakref.finalize(self, unwatch, file)

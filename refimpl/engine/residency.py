@@ -33,7 +33,7 @@ from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.disk import BLOCK, DirectFile, Readers, span
 from refimpl.engine.fields import Layer, Step
-from refimpl.engine.files import MappedFile, populate_parts
+from refimpl.engine.files import MappedFile, map_under, path_of, populate_parts
 from refimpl.engine.memory import address, round_up
 from refimpl.engine.program import Program
 from refimpl.errors import InputError
@@ -115,6 +115,20 @@ def shared_parts(
     return out
 
 
+def expert_slices(source: StoredSource) -> list[tuple[str, int, int]]:
+    """Path, offset and bytes of every matrix of every routed expert, for a probe of the disk."""
+    out = []
+    for stack in (t for stacks in _stacks(source).values() for t in stacks):
+        mapped = map_under(stack.rows)
+        if mapped is None:
+            continue
+        path = path_of(stack)
+        start, count = _offset(stack, MappedFile.of(mapped, path)), stack.spec.shape[0]
+        size = stack.rows.nbytes // count
+        out += [(path, start + e * size, size) for e in range(count)]
+    return out
+
+
 class Residency:
     """The slots of a program's experts.
 
@@ -160,11 +174,6 @@ class Residency:
     def traffic(self) -> Traffic:
         """What has been chosen and read so far."""
         return self._experts.traffic
-
-    @property
-    def slices(self) -> list[tuple[str, int, int]]:
-        """Path, offset and bytes of every expert slice in the files, for a probe of the disk."""
-        return self._experts.slices()
 
     def read_shared(self, progress: Callable[[int, int], None]) -> None:
         """Read what every token needs into memory, and lock it there where that is allowed.
@@ -248,15 +257,6 @@ class _Experts:
         """See `Residency.traffic`."""
         return Traffic(self._chosen, self._found, self._chosen_bytes, self._found_bytes,
                        self.readers.bytes_read, self.readers.busy_s)  # fmt: skip
-
-    def slices(self) -> list[tuple[str, int, int]]:
-        """See `Residency.slices`."""
-        return [
-            (s.file.path, s.offset + e * s.expert_bytes, s.expert_bytes)
-            for stacks in self._stacks.values()
-            for s in stacks
-            for e in range(self._count)
-        ]
 
     def forget_read_ahead(self) -> None:
         """Let the page cache drop experts that came along with their neighbours."""
