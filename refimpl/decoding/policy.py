@@ -41,11 +41,15 @@ class AutoDepth:
     stand for the beginning), t_k as the median of the last steps at that depth, so that one
     slow step decides nothing.
 
-    The first steps try depth after depth, from 0 on, as long as one more draft could still pay if
-    it always stood; then the best k = 0..max_depth is taken, drafts only if they promise more than
-    no drafts by `MARGIN`. Since text and context change, every `PROBE_EVERY`-th step goes one
-    deeper or shallower, in turn; as long as that changes nothing, ever more rarely. In expectation
-    the run is therefore as fast as without drafts or faster, but for those trials.
+    Depth after depth is tried, from 0 on, as long as one more draft could still pay if it always
+    stood; then the best k = 0..max_depth is taken, drafts only if they promise more than no drafts
+    by `MARGIN`. Since text and context change, every `PROBE_EVERY`-th step goes one deeper or
+    shallower, in turn; as long as that changes nothing, ever more rarely.
+
+    Steps with drafts that turn out slower than plain ones for the tokens they gave are a loss; a
+    trial is made only while all losses stay below `BUDGET` of the run's time. So the run is never
+    slower than one without drafts by more than that, and where drafts pay nothing is lost and
+    trials follow one another.
     """
 
     SAMPLES = 9  # step times kept for each depth
@@ -54,6 +58,8 @@ class AutoDepth:
     PROBE_MOST = 256
     MARGIN = 1.02
     DISCOUNT = 0.98
+    BUDGET = 0.01  # share of the run's time that trials may lose
+    TRIAL_LOSS = 0.25  # what a trial is expected to lose, in plain steps
 
     def __init__(self, max_depth: int) -> None:
         self._times: list[deque[float]] = [deque(maxlen=self.SAMPLES) for _ in range(max_depth + 1)]
@@ -63,12 +69,13 @@ class AutoDepth:
         self._passed = [1.0] * max_depth
         self._best = 0
         self._interval = self._wait = self.PROBE_EVERY
+        self._elapsed = self._lost = 0.0  # seconds
 
     def next_depth(self, limit: int) -> int:
         allowed = range(min(limit, len(self._times) - 1) + 1)
         for k in allowed:
             if len(self._times[k]) < self.TRIALS:
-                if self._promising(k):
+                if self._promising(k) and self._affordable(k):
                     return k
                 break
         best = max(allowed, key=self.tokens_per_s)
@@ -81,7 +88,7 @@ class AutoDepth:
         if self._wait <= 0:
             self._interval = min(2 * self._interval, self.PROBE_MOST)
             self._wait = self._interval
-            beside = [k for k in (best - 1, best + 1) if k in allowed]
+            beside = [k for k in (best - 1, best + 1) if k in allowed and self._affordable(k)]
             return min(beside, key=lambda k: self._last_used[k], default=best)
         return best
 
@@ -96,7 +103,17 @@ class AutoDepth:
         rate = tokens / max(2 * last - before, last, 1e-9)
         return rate > max(self.tokens_per_s(k) for k in range(depth))
 
+    def _affordable(self, depth: int) -> bool:
+        """Whether one more trial keeps what all of them lost within the budget."""
+        if depth == 0:
+            return True
+        expected = self.TRIAL_LOSS * self._cost[0]
+        return self._lost + expected <= self.BUDGET * self._elapsed
+
     def update(self, depth: int, accepted: int, seconds: float) -> None:
+        self._elapsed += seconds
+        if depth:  # gains make up for earlier losses, but are no credit for later ones
+            self._lost = max(0.0, self._lost + seconds - (1 + accepted) * self._cost[0])
         self._last_used[depth] = max(self._last_used) + 1
         times = self._times[depth]
         times.append(seconds)
