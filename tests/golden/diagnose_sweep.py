@@ -1,17 +1,19 @@
 """Plants every known mistake and counts how often `golden diagnose` names it.
 
-    python tests/golden/diagnose_sweep.py --seeds 1 --forms golden,logits
+    python tests/golden/diagnose_sweep.py --seeds 1 950 --report reports
 
 Every variant that changes anything on a checkpoint is planted in it, computed in float64 and in
 float32 (real rounding of that precision), and shown as a golden file, as logits alone, or as the
 logarithms of the five most probable tokens. Honest cases are float32 runs without a mistake, in
 chunks of several sizes. Seeds from 900 on were not used while the method was developed.
+--report writes the counts as diagnose.json and diagnose.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import tempfile
 import zlib
@@ -25,6 +27,7 @@ from golden_shared import tiny_c
 from threadpoolctl import threadpool_limits
 
 import refimpl.golden.diagnose as diagnose_module
+from refimpl.checkpoint.atomic import atomic_file
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.source import WeightSource
 from refimpl.checkpoint.synth import PRESETS, synthesize
@@ -41,6 +44,7 @@ CONFIGS = {"tiny_a": PRESETS["tiny_a"], "tiny_b": PRESETS["tiny_b"], "tiny_c": t
 FORMS = ("golden", "logits", "top5")
 SMALLEST = 1e-6  # row distance below which a variant is lost in float32's own resolution
 CHUNKS = (None, 1, 7, 16)
+UNUSED = 900  # the first seed that development did not use
 
 
 class Memory:
@@ -146,35 +150,91 @@ def sweep(args: argparse.Namespace) -> int:
     """Run all cases and print the rates; 1 if one is below 95 %."""
     names = args.variants.split(",") if args.variants else list(VARIANTS)
     good, all_, first = Counter(), Counter(), Counter()
+    missed: list[str] = []
+
+    def miss(line: str) -> None:
+        missed.append(line)
+        print(line)
+
     memory = diagnose_module.predictions = Memory()  # type: ignore[assignment]
     for lab in labs(args.presets.split(","), args.seeds):
         for form in args.forms.split(","):
             for name, dtype, found in planted(lab, form, names):
                 named = [e.name for e in found.explanations]
-                key = ("planted", lab.preset, form, dtype)
+                key = ("planted", lab.preset, form, dtype, lab.seed)
                 all_[key] += 1
                 good[key] += name in named
                 first[key] += named[:1] == [name]
-                if name not in named or args.verbose:
-                    print(f"{lab.preset} {lab.seed} {form} {dtype} {name}: {found.sentence}")
+                line = f"{lab.preset} {lab.seed} {form} {dtype} {name}: {found.sentence}"
+                if name not in named:
+                    miss(line)
+                elif args.verbose:
+                    print(line)
             for what, found in honest(lab, form):
-                key = ("honest", lab.preset, form, "float32")
+                key = ("honest", lab.preset, form, "float32", lab.seed)
                 all_[key] += 1
                 good[key] += found.verdict == "noise"
                 if found.verdict != "noise":
-                    print(f"{lab.preset} {lab.seed} {form} honest {what}: {found.sentence}")
+                    miss(f"{lab.preset} {lab.seed} {form} honest {what}: {found.sentence}")
             sys.stdout.flush()
         memory.forget()
-    rates = []
-    for kind in ("planted", "honest"):
-        for key in [k for k in all_ if k[0] == kind]:
-            extra = f", {first[key]} of them first" if kind == "planted" else ""
-            print(f"{' '.join(key)}: {good[key]} of {all_[key]}{extra}")
-        n = sum(v for k, v in all_.items() if k[0] == kind)
-        g = sum(v for k, v in good.items() if k[0] == kind)
-        rates.append(g / max(n, 1))
-        print(f"{kind}: {g} of {n} = {100 * rates[-1]:.1f} %")
-    return int(min(rates) < 0.95)
+    rows = [
+        dict(zip(("kind", "preset", "form", "dtype", "seed"), key, strict=True))
+        | {"cases": all_[key], "right": good[key], "named_first": first[key]}
+        for key in sorted(all_)
+    ]
+    for row in rows:
+        print(" ".join(str(value) for value in row.values()))
+    if args.report is not None:
+        text = json.dumps(
+            {"tokens": TOKENS, "variants": len(names), "rows": rows, "missed": missed}, indent=1
+        )
+        written = {"json": text + "\n", "md": page(rows, missed)}
+        for suffix, content in written.items():
+            with atomic_file(args.report / f"diagnose.{suffix}") as file:
+                file.write(content.encode())
+    shares = [share(rows, kind) for kind in ("planted", "honest")]
+    print(f"planted: {shares[0]}\nhonest: {shares[1]}")
+    counts = [total(rows, kind) for kind in ("planted", "honest")]
+    return int(min(right / max(1, cases) for right, cases in counts) < 0.95)
+
+
+def total(rows: Sequence[dict[str, Any]], kind: str, **where: Any) -> tuple[int, int]:
+    """(right, cases) of the rows that match."""
+    chosen = [r for r in rows if r["kind"] == kind and all(r[key] == v for key, v in where.items())]
+    return sum(r["right"] for r in chosen), sum(r["cases"] for r in chosen)
+
+
+def share(rows: Sequence[dict[str, Any]], kind: str, **where: Any) -> str:
+    """'right of cases = percent'."""
+    right, cases = total(rows, kind, **where)
+    return f"{right} of {cases} = {100 * right / max(1, cases):.1f} %"
+
+
+def page(rows: Sequence[dict[str, Any]], missed: Sequence[str]) -> str:
+    """The counts as Markdown."""
+    seeds = sorted({r["seed"] for r in rows})
+    developed = [s for s in seeds if s < UNUSED]
+    lines = [
+        "# Known mistakes, planted and named", "",
+        f"Generated by `python tests/golden/diagnose_sweep.py --seeds {' '.join(map(str, seeds))} "
+        "--report reports`. Every variant of `golden diagnose` that shows on a checkpoint is "
+        "planted in it, in float64 and in float32, and shown as a golden file, as logits, or as "
+        f"the logarithms of the five most probable tokens, over {TOKENS} tokens. Honest cases are "
+        "float32 runs without a mistake, in chunks of several sizes; right is \"no known "
+        f"mistake\". Seeds from {UNUSED} on were not used while the method was developed "
+        f"(used: {', '.join(map(str, developed)) or 'none'}).", "",
+        "| | planted: named | honest: no known mistake |", "|---|---|---|",
+    ]  # fmt: skip
+    parts: list[tuple[str, dict[str, Any]]] = [("all", {})]
+    for column in ("seed", "preset", "form", "dtype"):
+        parts += [(f"{column} {v}", {column: v}) for v in sorted({r[column] for r in rows})]
+    for label, where in parts:
+        honest_too = where.get("dtype") != "float64"
+        last = share(rows, "honest", **where) if honest_too else ""
+        lines.append(f"| {label} | {share(rows, 'planted', **where)} | {last} |")
+    lines += ["", f"Cases that were not right: {len(missed)}.", ""]
+    return "\n".join([*lines, *(f"* {line}" for line in missed)]).rstrip() + "\n"
 
 
 def main() -> int:
@@ -185,6 +245,7 @@ def main() -> int:
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--variants", default="", help="names, separated by commas; default all")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write diagnose.json, .md")
     with threadpool_limits(1):
         return sweep(parser.parse_args())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from quantize_shared import wide
 
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.gguf_read import read_gguf
@@ -348,3 +349,16 @@ def test_the_type_of_each_tensor_can_be_chosen(made, tmp_path):
     source = open_checkpoint(made("micro", "hf-f32"))
     write_gguf(source, tmp_path / "m.gguf", "f16", type_of=lambda spec: "F32")
     assert {t.kind.name for t in read_gguf(tmp_path / "m.gguf").tensors.values()} == {"F32"}
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "iq4_xs"])
+def test_a_continued_file_of_searched_types_is_the_same(tmp_path, kind):
+    """Interrupted three times, the file has the bytes of an uninterrupted conversion."""
+    folder = synthesize(wide().without_mtp(), SEED, tmp_path / "m", "bf16")
+    convert(folder, tmp_path / "once.gguf", kind, name="m")
+    out = tmp_path / "again.gguf"
+    for share in (0.2, 0.5, 0.9):
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, out, kind, name="m", progress=stop_at(share))
+    assert "going on after" in convert(folder, out, kind, name="m")[0]
+    assert out.read_bytes() == (tmp_path / "once.gguf").read_bytes()
