@@ -61,6 +61,7 @@ from refimpl.engine.vec import (
     shift_right_each,
     splat,
     stack,
+    store,
     store_f32,
     store_i8,
     widen,
@@ -76,6 +77,8 @@ from refimpl.engine.x86 import (
 )
 
 _INLINE = {"forceinline": True}
+_ACTIVATION_BYTES = 32 << 10
+_GROUP_ROWS = 16  # done piece by piece where the activations of whole rows are more than that
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
 
@@ -99,35 +102,55 @@ def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
     size, values = blocks * block_bytes, blocks * fmt.block_values
     x_size = activation_bytes(fmt)
 
+    most = _ACTIVATION_BYTES // (count * x_size)  # steps whose activations stay in the cache
+
     @cfunc(SIGNATURE, **OPTIONS)
     def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
-        tail = stack(128)
+        tail, sums = stack(128), stack(4096)
         whole, rest = columns // values, columns % values // 32
         steps = whole + (rest > 0)
-        for r in range(rows):
-            at = w + r * row_bytes
-            a0 = a1 = a2 = a3 = zeros(F32x16)
-            for i in range(steps):
-                for line in range(0, size - 8, 64):
-                    prefetch(at + PREFETCH_BYTES + line)
-                if i == whole:
-                    at = _copied(tail, at, rest * block_bytes, size)
-                step = decoded(fmt, at)
-                at += size
-                x = i * x_size
-                a0 = added(fmt, step, x0 + x, a0)
-                if count > 1:
-                    a1 = added(fmt, step, x1 + x, a1)
-                if count > 2:
-                    a2 = added(fmt, step, x2 + x, a2)
-                    a3 = added(fmt, step, x3 + x, a3)
-            store_f32(y0 + 4 * r, reduce_add(a0))
-            if count > 1:
-                store_f32(y1 + 4 * r, reduce_add(a1))
-            if count > 2:
-                store_f32(y2 + 4 * r, reduce_add(a2))
-                store_f32(y3 + 4 * r, reduce_add(a3))
+        part, group, ahead = steps, rows, PREFETCH_BYTES
+        if count > 1 and steps > most:
+            part, group, ahead = most, _GROUP_ROWS, 2 * row_bytes
+        for top in range(0, rows, group):
+            for first in range(0, steps, part):
+                stop = min(first + part, steps)
+                for r in range(top, min(top + group, rows)):
+                    at = w + r * row_bytes + first * size
+                    kept = sums + (r - top) * count * 64
+                    a0 = a1 = a2 = a3 = zeros(F32x16)
+                    if first > 0:
+                        a0, a1 = load(F32x16, kept), load(F32x16, kept + 64)
+                        if count > 2:
+                            a2, a3 = load(F32x16, kept + 128), load(F32x16, kept + 192)
+                    for i in range(first, stop):
+                        for line in range(0, size - 8, 64):
+                            prefetch(at + ahead + line)
+                        if i == whole:
+                            at = _copied(tail, at, rest * block_bytes, size)
+                        step = decoded(fmt, at)
+                        at += size
+                        x = i * x_size
+                        a0 = added(fmt, step, x0 + x, a0)
+                        if count > 1:
+                            a1 = added(fmt, step, x1 + x, a1)
+                        if count > 2:
+                            a2 = added(fmt, step, x2 + x, a2)
+                            a3 = added(fmt, step, x3 + x, a3)
+                    if stop < steps:
+                        store(kept, a0)
+                        store(kept + 64, a1)
+                        if count > 2:
+                            store(kept + 128, a2)
+                            store(kept + 192, a3)
+                        continue
+                    store_f32(y0 + 4 * r, reduce_add(a0))
+                    if count > 1:
+                        store_f32(y1 + 4 * r, reduce_add(a1))
+                    if count > 2:
+                        store_f32(y2 + 4 * r, reduce_add(a2))
+                        store_f32(y3 + 4 * r, reduce_add(a3))
 
     return rows512
 

@@ -88,6 +88,15 @@ def test_rows_that_do_not_fill_a_step(stored_rows: Rows, name: str, simd: str) -
     assert check(stored_rows, name, NARROW, simd, exact=False) < 1.2e-2
 
 
+@pytest.mark.parametrize(
+    "name", [n for n in BLOCKS if FORMATS[n].kind512[:5] != "super"] + ["Q4_K"]
+)
+def test_rows_whose_activations_are_done_piece_by_piece(stored_rows: Rows, name: str) -> None:
+    """As long as the widest of the published model, and a part of a step."""
+    rest = 96 if FORMATS[name].block_values == 32 else 256
+    assert check(stored_rows, name, 12288 + rest, INTEGER[0], exact=False) < 8e-3
+
+
 @pytest.mark.parametrize("simd", INTEGER)
 def test_two_rows_equal_each_alone(stored_rows: Rows, simd: str) -> None:
     data, _ = stored_rows("Q8_0", 7, COLUMNS)
