@@ -72,8 +72,10 @@ def prepare(models: str, threads: int | None, only: tuple[str, ...]) -> None:
 @loop.command()
 @_data
 @_threads
-@click.option("--device-file", metavar="FILE",
-              help="Written by bench probe. [default: local.toml in your device folder]")  # fmt: skip
+@click.option(
+    "--device-file", metavar="FILE",
+    help="Written by bench probe. [default: local.toml in your device folder]",
+)  # fmt: skip
 def probe(data: str, threads: int | None, device_file: str | None) -> None:
     """Keep the device file of 'bench probe' with the loop, and measure the last cache.
 

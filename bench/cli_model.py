@@ -15,35 +15,42 @@ if TYPE_CHECKING:
     from hwmodel.fit import Fit
 
 
+_DEFAULT_OUT = "reports/compare"
+
+
 @click.command()
 @click.option(
-    "--runs", metavar="FILE", help="CSV of runs, '-' for stdin. [default: published runs]"
-)
+    "--runs", multiple=True, metavar="FILE",
+    help="CSV of runs, '-' for stdin, 'published' for the shipped ones; may be given several "
+    "times. [default: published]",
+)  # fmt: skip
 @click.option("--device", metavar="NAME", help="Only rows of this device.")
 @click.option("--model", metavar="NAME", help="Only rows of this model.")
 @click.option("--fit", "fit_file", metavar="FILE", help="Fit to predict with. [default: shipped]")
 @click.option("--json", "json_out", metavar="FILE|-", help="Write the comparison as one object.")
-@click.option("--out", metavar="DIR", help="Write the table and the two plots into this folder.")
+@click.option("--out", metavar="DIR", help="Write the table and the plots into this folder.")
 def compare(
-    runs: str | None, device: str | None, model: str | None, fit_file: str | None,
+    runs: tuple[str, ...], device: str | None, model: str | None, fit_file: str | None,
     json_out: str | None, out: str | None,
 ) -> None:  # fmt: skip
-    """Predicted beside measured: coverage and errors by device and engine, and two plots.
+    """Predicted beside measured: coverage and errors by device and engine, and five plots.
 
-    Exit code 0 whenever the comparison could be made, however far off it is.
+    Without any option the published runs are compared and drawn into reports/compare; with some,
+    plots are drawn where --out says. Exit code 0 whenever the comparison could be made, however
+    far off it is.
 
     \b
     Examples:
+      bench compare
       bench compare --device m4max
+      bench compare --runs published --runs my-runs.csv --out pictures
       bench compare --runs my-runs.csv --json - | less
-      bench compare --out reports/compare
     """
     from bench.compare import compare as beside
     from bench.compare_view import comparison_text
-    from bench.runs import published_runs_path
 
-    path = runs or str(published_runs_path())
-    records = _read(path, device, model)
+    names = runs or (_PUBLISHED,)
+    records = _read(names, device, model)
     fit = _fit(fit_file)
     result = beside(records, fit)
     if json_out == "-":
@@ -52,27 +59,44 @@ def compare(
         click.echo(comparison_text(result))
         if json_out:
             _write(Path(json_out), result)
+    if not (runs or device or model or fit_file or json_out):
+        out = out or _DEFAULT_OUT
     if out:
-        _draw(Path(out), records, result, fit, "published_runs.csv" if not runs else path)
+        from bench.compare_files import write_comparison
+
+        for path in write_comparison(Path(out), records, result, fit, _source_names(names)):
+            note(f"wrote {path}")
 
 
-def _read(path: str, device: str | None, model: str | None) -> list[RunRecord]:
-    from bench.runs import read_runs
-    from hwmodel import names
+_PUBLISHED = "published"
+
+
+def _source_names(names: tuple[str, ...]) -> str:
+    shown = {_PUBLISHED: "published_runs.csv", "-": "standard input"}
+    return ", ".join(shown.get(n, Path(n).name) for n in names)
+
+
+def _read(names: tuple[str, ...], device: str | None, model: str | None) -> list[RunRecord]:
+    from bench.runs import published_runs_path, read_runs
+    from hwmodel import names as registry
     from hwmodel.errors import RunFileError, UnknownNameError
 
-    records, problems = read_runs(path)
-    for problem in problems:
-        note(problem)
+    records: list[RunRecord] = []
+    for file in names:
+        found, problems = read_runs(published_runs_path() if file == _PUBLISHED else file)
+        records += found
+        for problem in problems:
+            note(problem)
     for kind, wanted in (("device", device), ("model", model)):
         if wanted is None:
             continue
-        name = names.canonical(kind, wanted)  # type: ignore[arg-type]
+        name = registry.canonical(kind, wanted)  # type: ignore[arg-type]
         if name is None:
-            raise UnknownNameError(kind, wanted, names.suggest(kind, wanted))  # type: ignore[arg-type]
+            raise UnknownNameError(kind, wanted, registry.suggest(kind, wanted))  # type: ignore[arg-type]
         records = [r for r in records if _is(kind, getattr(r, kind), name.id)]
         if not records:
-            raise RunFileError(f"no row of {path} is of the {kind} {name.id}")
+            shown = _source_names(names)
+            raise RunFileError(f"no row of {shown} is of the {kind} {name.id}")
     return records
 
 
@@ -93,25 +117,6 @@ def _write(path: Path, value: Any) -> None:
     from hwmodel.files import write_whole
 
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _draw(
-    folder: Path, records: list[RunRecord], result: dict[str, Any], fit: Fit, name: str
-) -> None:
-    from bench.compare_view import comparison_text
-    from bench.plots import depth_figure, scatter_figure
-    from hwmodel.files import write_whole
-    from hwmodel.plots import save
-
-    basis = f"fit of {fit.as_of or 'unknown date'} to {len(fit.runs)} figures"
-    source = f"measured: {Path(name).name}; predicted: hwmodel, {basis if fit.runs else 'priors'}"
-    written = save(scatter_figure(result["rows"], source), folder, "predicted-measured")
-    written += save(depth_figure(records, source), folder, "decode-depth")
-    text = folder / "table.txt"
-    write_whole(text, (comparison_text(result) + "\n").encode())
-    _write(folder / "comparison.json", result)
-    for path in [*written, text, folder / "comparison.json"]:
-        note(f"wrote {path}")
 
 
 @click.command()
@@ -141,10 +146,9 @@ def calibrate(
     from bench.calibrate import calibrate as fit_to
     from bench.calibrate import worse
     from bench.compare_view import errors_text
-    from bench.runs import published_runs_path
     from hwmodel.fit import load_fit, published_path, to_json
 
-    records = _read(runs or str(published_runs_path()), None, None)
+    records = _read((runs or _PUBLISHED,), None, None)
     fit = fit_to(records, as_of or datetime.date.today().isoformat())
     if as_json:
         print_json(fit.errors)

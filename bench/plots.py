@@ -100,7 +100,7 @@ def scatter_figure(rows: Sequence[Row], source: str) -> Figure:
             handles=handles, loc="outside lower center", ncols=min(3 * columns, len(handles)),
             fontsize=FONT - 1, columnspacing=1.2, handletextpad=0.3,
         )  # fmt: skip
-        _name_sources(figure, source)
+        name_sources(figure, source)
         return figure
 
 
@@ -255,9 +255,10 @@ def depth_figure(records: Sequence[RunRecord], source: str) -> Figure:
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         figure.legend(handles=line_handles(), loc="outside lower center", ncols=3)
-        _name_sources(figure, source)
+        name_sources(figure, source)
         return figure
 
 
-def _name_sources(figure: Figure, source: str) -> None:
-    figure.suptitle(source, fontsize=FONT - 3, color=GREY, x=0.01, ha="left")
+def name_sources(figure: Figure, source: str) -> None:
+    """Where the numbers of a figure come from, above it."""
+    figure.suptitle(source, fontsize=FONT - 1, color=GREY, x=0.01, ha="left")

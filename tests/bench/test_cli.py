@@ -95,11 +95,41 @@ def test_out_writes_plots_table_and_data(runs: Callable[..., Path], tmp_path: Pa
     assert result.exit_code == 0
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "predicted-measured.png", "predicted-measured.svg", "decode-depth.png", "decode-depth.svg",
-        "table.txt", "comparison.json",
-    }  # fmt: skip
+        f"{n}.{kind}" for kind in ("png", "svg")
+        for n in ("predicted-measured", "decode-depth", "bytes-by-role", "draft-gain", "residuals")
+    } | {"table.txt", "comparison.json"}  # fmt: skip
     assert (folder / "decode-depth.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "table.txt").read_text() in result.stdout
+
+
+def test_without_options_the_published_runs_are_drawn_into_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any folder, an installed package included: the pictures come under that folder."""
+    monkeypatch.chdir(tmp_path)
+    result = run("compare")
+    assert result.exit_code == 0
+    folder = Path("reports/compare")
+    assert f"wrote {folder}/residuals.png" in result.stderr
+    assert (folder / "table.txt").read_text() == result.stdout
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.svg"))) == 5
+
+
+def test_options_draw_nothing_unless_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("compare", "--device", "m4max")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_own_runs_beside_the_published_ones(runs: Callable[..., Path]) -> None:
+    path = runs(lambda r: r.id == "S068")
+    words = ("compare", "--runs", "published", "--runs", str(path), "--json", "-")
+    found = json.loads(run(*words).stdout)
+    assert [r["id"] for r in found["rows"]].count("S068") == 2 * [
+        r["id"] for r in json.loads(run("compare", "--json", "-").stdout)["rows"]
+    ].count("S068")
 
 
 def test_filters_by_device_and_model() -> None:
