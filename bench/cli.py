@@ -14,6 +14,8 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "compare": "bench.cli_model:compare",
         "engine": "bench.cli_engine:engine",
         "import": "bench.cli_import:import_command",
+        "loop": "bench.cli_loop:loop",
+        "probe": "bench.cli_probe:probe",
     },
     context_settings=SETTINGS,
 )

@@ -12,7 +12,7 @@ import platform
 import sys
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hwmodel.devices import Device
@@ -33,10 +33,11 @@ def local_device() -> Device:
     probed = user_folder() / "local.toml"
     if probed.is_file():
         return read_device(probed)
-    return parse_device(_table(), "this host")
+    return parse_device(told_by_system(), "this host")
 
 
-def _table() -> dict[str, object]:
+def told_by_system() -> dict[str, Any]:
+    """What the operating system tells of this host, and guesses (unverified) of its speeds."""
     import psutil
 
     today = date.today().isoformat()
