@@ -178,7 +178,7 @@ def probe_host(
     counts = thread_counts(threads)
     size = beyond_caches(last_level_bytes(), psutil.virtual_memory().available, threads)
     stages: list[Callable[[], list[Figure]]] = [
-        *(lambda n=n: [_memory(n, size, n == threads)] for n in counts),  # type: ignore[misc]
+        *(lambda n=n: [_memory(n, size, n == threads)] for n in counts),
         lambda: _arithmetic(threads),
         lambda: _waiting(threads),
     ]

@@ -135,7 +135,8 @@ def kernel_throughput(team: Team, dtype: str, repetitions: int = 10) -> tuple[fl
     counter = zeroed(64)
     record = np.zeros(5, dtype=np.int64)
     record[0], record[2], record[4] = calls[0].function, address(counter), address(table)
-    function, target, times, speeds = _repeating(simd, tiled).ctypes, 0, 8, []
+    function, target, times = _repeating(simd, tiled).ctypes, 0, 8
+    speeds: list[float] = []
     while len(speeds) < repetitions:
         target += team.size
         record[1], record[3] = times, target

@@ -22,7 +22,7 @@ from refimpl.engine.files import MappedFile
 from refimpl.errors import InputError
 
 EXPERT_BYTES = 4096 * 1280 * 18 // 32
-"""One matrix of one routed expert of the published model in Q4_0: hidden size times expert width."""
+"""One matrix of one routed expert of the published model (hidden size times expert width), Q4_0."""
 
 _PART = 8 << 20
 _SLOT = 1 << 22  # where expert-sized reads begin: a multiple of it
