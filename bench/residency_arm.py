@@ -26,6 +26,7 @@ from refimpl.engine.model import EngineModel
 from refimpl.engine.residency import KEYS
 
 _CONTEXT = 512
+_ROWS = 64  # decoding alone needs no working memory for more
 _NO_LIMIT = 1 << 62  # the memory map alone
 
 
@@ -90,7 +91,8 @@ def run(path: Path, arm: str, warm: int, timed: int) -> dict[str, Any]:
     """Decode random tokens; what `bench.residency.Sample` takes from it."""
     on_demand = arm == "experts on demand"
     with contextlib.closing(open_checkpoint(path)) as source:
-        model = EngineModel(source, memory_bytes=None if on_demand else _NO_LIMIT)
+        limit = None if on_demand else _NO_LIMIT
+        model = EngineModel(source, micro_batch=_ROWS, memory_bytes=limit)
         mapped = None if on_demand else MappedExperts(model, arm == "willneed")
         if mapped and arm == "page faults, no readahead":
             mapped.without_readahead()

@@ -33,17 +33,22 @@ class EngineOptions:
         on_compile: called once if kernels have to be compiled, before they are.
         on_reading: called with (bytes done, bytes in all) while a large file that fits is read
             into memory; None leaves it to the page faults of the first tokens.
+        memory_bytes: what the process may use; None is what is free. Of a model that is larger,
+            experts are read from disk when they are chosen.
     """
 
     exact: bool = False
     kv_type: str | None = None
     on_compile: Callable[[], None] | None = None
     on_reading: Callable[[int, int], None] | None = None
+    memory_bytes: int | None = None
 
     @property
     def asked(self) -> str | None:
         """The first option that only the engine knows, as typed, or None."""
-        return "--exact" if self.exact else "--kv-type" if self.kv_type else None
+        if self.exact or self.kv_type:
+            return "--exact" if self.exact else "--kv-type"
+        return None if self.memory_bytes is None else "--memory"
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ def open_backend(
     if name == "engine":
         return _open_engine(source, dtype, threads, options)
     if options.asked is not None:
-        raise InputError(f"{options.asked} belongs to the engine; the reference is always exact")
+        raise InputError(
+            f"{options.asked} belongs to the engine; the reference is always exact and decodes "
+            "what it needs"
+        )
     from refimpl.reference.model import ReferenceModel
 
     return ReferenceModel(source, dtype or "float32")
@@ -138,7 +146,9 @@ def _open_engine(
     if not isinstance(source, StoredSource):
         raise InputError("the engine runs checkpoint files only; use --backend reference")
     with announced(options.on_compile):
-        model = EngineModel(source, threads, options.exact, options.kv_type)
+        model = EngineModel(
+            source, threads, options.exact, options.kv_type, memory_bytes=options.memory_bytes
+        )
     if options.on_reading is not None:
         model.read_ahead(options.on_reading)
     return model

@@ -33,6 +33,13 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "in memory.",
         ),
         click.option(
+            "--memory",
+            type=float,
+            metavar="GB",
+            help="What the engine may use; of a larger model, experts are read from disk when "
+            "they are chosen. [default: what is free]",
+        ),
+        click.option(
             "--kv-type",
             type=click.Choice(["f16", "f32", "q8_0"]),
             help="How the engine keeps keys and values. [default: f16, with --exact f32]",
@@ -57,6 +64,7 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
 
     if given["simulate_acceptance"] is not None:
         _rates(given["simulate_acceptance"])
+    memory = _memory_bytes(given.get("memory"))
 
     def compiling() -> None:
         note(f"compiling kernels for this CPU, once: about {_COMPILE_S} s")
@@ -71,12 +79,34 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
                 told = True
             move(done, total)
 
-        options = EngineOptions(given["exact"], given["kv_type"], compiling, reading)
+        options = EngineOptions(given["exact"], given["kv_type"], compiling, reading, memory)
         choice = given["model"], given["backend"], given["dtype"], given["threads"], options
         with open_model(*choice, mtp_model=given["mtp_model"]) as model:
             if model.name != "engine" and given["stats"]:
                 raise InputError("--stats measures the engine; the reference is not made for speed")
+            _note_residency(model)
             yield model
+
+
+def _memory_bytes(size: float | None) -> int | None:
+    from refimpl.errors import InputError
+
+    if size is None:
+        return None
+    if not 0 < size < float("inf"):
+        raise InputError(f"--memory is {size:g}, expected GB above 0, such as 16")
+    return int(1e9 * size)
+
+
+def _note_residency(model: OpenModel) -> None:
+    backend: Any = model.backend
+    residency = getattr(backend, "residency", None)
+    if residency is not None:
+        held, size = residency.slots, residency.slots * residency.slot_bytes
+        note(
+            f"note: the model is larger than the memory it may use: {held} of "
+            f"{residency.experts} experts ({_bytes(size)}) are held, others are read when chosen"
+        )
 
 
 def measured(model: OpenModel, given: dict[str, Any]) -> OpenModel:
@@ -158,6 +188,14 @@ def _print_stats(stats: dict[str, Any] | None) -> None:
         parts.append(f"{100 * share:.0f} % of the file's {_bytes(stats['file_bytes'])} are now")
     if parts:
         note(f"stats: {', '.join(parts)}")
+    if stats["disk_bytes_per_s"] is not None:
+        limit = stats["disk_limit_bytes_per_s"]
+        note(
+            f"stats: {_bytes(stats['disk_bytes_per_token'])} of experts read from disk per token, "
+            f"{stats['disk_bytes_per_s'] / 1e9:.2f} GB/s, "
+            f"{100 * stats['disk_bytes_per_s'] / limit:.0f} % of the {limit / 1e9:.2f} GB/s that "
+            "the disk gives for such reads"
+        )
 
 
 def _bytes(size: float) -> str:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
-from refimpl.engine.disk import BLOCK, DirectFile, Readers, span
+from refimpl.engine.disk import BLOCK, DirectFile, Readers, anonymous, span
 from refimpl.engine.fields import Layer, Step
 from refimpl.engine.files import MappedFile, map_under, path_of, populate_parts
 from refimpl.engine.memory import address, round_up
@@ -40,7 +40,6 @@ from refimpl.errors import InputError
 
 KEYS = ("experts.gate", "experts.up", "experts.down")
 _FIELDS = (Layer.GATE, Layer.UP, Layer.DOWN)
-_HUGE_PAGES = 14  # MADV_HUGEPAGE
 _SCAN_ROWS = SPECULATIVE_ROWS + 2
 """Steps of so many rows are prefill, which goes through all experts: what it reads gives way to
 what it reads next, so that a sweep over more than fits does not empty memory of all else."""
@@ -161,6 +160,11 @@ class Residency:
         return self._experts.capacity
 
     @property
+    def experts(self) -> int:
+        """Experts of all layers."""
+        return self._experts.experts
+
+    @property
     def max_rows(self) -> int:
         """Rows of a step whose experts have slots, whatever the router chooses."""
         return self._experts.max_rows
@@ -214,9 +218,7 @@ class _Experts:
         self._minimum = minimal_slots(config)
         self.slot_bytes, self.capacity, self._whole = slot_bytes(source), slots, slots
         self._yielded = 0
-        self._memory = mmap.mmap(-1, slots * self.slot_bytes + mmap.PAGESIZE, flags=_PRIVATE)
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            self._memory.madvise(_HUGE_PAGES)
+        self._memory = anonymous(slots * self.slot_bytes + mmap.PAGESIZE)
         self._view = memoryview(self._memory)
         self._base = int(np.frombuffer(self._memory, dtype=np.uint8).ctypes.data)
         self._free = list(range(slots - 1, -1, -1))
@@ -245,6 +247,11 @@ class _Experts:
             made.append(_Stack(files[file.address], _offset(tensor, file), size, area, places))
             area += _area_bytes(tensor)
         return tuple(made)
+
+    @property
+    def experts(self) -> int:
+        """See `Residency.experts`."""
+        return self._count * len(self._stacks)
 
     @property
     def max_rows(self) -> int:
@@ -395,10 +402,6 @@ class _Experts:
                 with contextlib.suppress(OSError, AttributeError, ValueError):
                     at = slot * self.slot_bytes
                     self._memory.madvise(mmap.MADV_DONTNEED, at, self.slot_bytes)
-
-
-_PRIVATE = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | getattr(
-    mmap, "MAP_NORESERVE", 0)  # fmt: skip
 
 
 def _serve(experts: _Experts, tasks: SimpleQueue[Any]) -> None:

@@ -17,9 +17,11 @@ from refimpl.backend import Array, Cache, Step, Tokens
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.engine.caches import EngineCache
+from refimpl.engine.disk import slice_speed
 from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
+from refimpl.engine.residency import expert_slices
 from refimpl.inventory import inventory
 
 
@@ -74,6 +76,8 @@ class Meter:
     def _begin(self) -> None:
         self._before, self._disk = self._counter.now(), disk_bytes_read()
         self._seconds, self._kv_values, self._steps = 0.0, 0, 0
+        residency = self._model.residency
+        self._fetched = None if residency is None else residency.traffic
 
     @property
     def config(self) -> ModelConfig:
@@ -124,8 +128,11 @@ class Meter:
     def report(self, tokens: int) -> dict[str, Any] | None:
         """What decoding `tokens` tokens took, and this machine's read limit, probed now.
 
-        `expert_hit_rate` is the share of expert bytes that did not come from a disk, None where
-        the system does not count; read-ahead counts as a miss.
+        `expert_hit_rate` is the share of expert bytes that were in memory when their router had
+        chosen. For a model that fits it follows from what the process read from disks, read-ahead
+        included, and is None where the system does not count that. `disk_bytes_per_s` is over the
+        time in which experts were being read, its limit random reads of the same file; both are
+        None for a model that fits.
         """
         if not self._steps or not tokens:
             return None
@@ -147,8 +154,27 @@ class Meter:
             "share_of_read_limit": speed / limit,
             "disk_bytes": read,
             "expert_hit_rate": hits,
+            **self._fetching(tokens),
             "file_bytes": sum(file.size for file in self._model.files),
             "file_bytes_in_memory": _in_memory(self._model),
+        }
+
+    def _fetching(self, tokens: int) -> dict[str, Any]:
+        """What was read of experts, for a model larger than memory; replaces the hit rate."""
+        residency, before = self._model.residency, self._fetched
+        if residency is None or before is None:
+            return dict.fromkeys(
+                ("disk_bytes_per_token", "disk_bytes_per_s", "disk_limit_bytes_per_s")
+            )
+        now = residency.traffic
+        read, busy = now.bytes_read - before.bytes_read, now.busy_s - before.busy_s
+        chosen = now.chosen_bytes - before.chosen_bytes
+        speeds = slice_speed(expert_slices(self._model.source)) if read else ()
+        return {
+            "expert_hit_rate": (now.found_bytes - before.found_bytes) / chosen if chosen else None,
+            "disk_bytes_per_token": read / tokens,
+            "disk_bytes_per_s": read / busy if read else None,
+            "disk_limit_bytes_per_s": median(speeds) if read else None,
         }
 
 
