@@ -113,6 +113,8 @@ def compare(
     Raises:
         InputError: nothing in common, different prompts, or shapes that do not match.
     """
+    if any("prompt" in x and x["prompt"].dtype.kind not in "iu" for x in (a, b)):
+        raise InputError("array `prompt` does not hold integers")
     if "prompt" in a and "prompt" in b and not np.array_equal(a["prompt"], b["prompt"]):
         raise InputError("the two files were made from different prompts; compare like with like")
     common = [n for n in _order(a) if n in b and not _another_length(n, a, b)]

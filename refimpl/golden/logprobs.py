@@ -32,6 +32,7 @@ from refimpl.text.tokenizer import Tokenizer
 Array = NDArray[Any]
 Row = dict[int, float]
 _LOGITS = ("logits", None)
+_UNREADABLE = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 _WANTED = (
     "expected MaxText's `tokens` with `logits`, or OpenAI's `choices` with `logprobs` "
     "(ask the server for them: logprobs=true, top_logprobs=5)"
@@ -96,7 +97,7 @@ class _Reader:
             if "logits" in record or "top_k_logits" in record:
                 return self._maxtext(record)
             return self._openai(record)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except _UNREADABLE as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{self._where}: a record cannot be read; {_WANTED}") from None
@@ -149,6 +150,13 @@ class _Reader:
             ids.append(self._id(entry, required=True))
         if not rows:
             raise InputError(f"{self._where}: a record without log probabilities; {_WANTED}")
+        size = self._config.vocab_size
+        outside = next((t for row in rows.values() for t in row if not 0 <= t < size), None)
+        if outside is not None:
+            raise InputError(
+                f"{self._where}: token id {str(outside)[:20]} among the log probabilities is "
+                f"outside the vocabulary of {size}; is it of the same model?"
+            )
         if self._prompt is None and found.get("content") is not None:
             raise InputError(f"{self._where}: does not state its prompt; give --tokens FILE")
         return ObservedText(

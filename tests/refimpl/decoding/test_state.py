@@ -37,6 +37,7 @@ BACKENDS = {
     "engine": lambda source: EngineModel(source, threads=2),
     "engine-q8_0": lambda source: EngineModel(source, threads=1, kv_type="q8_0"),
     "engine-f32": lambda source: EngineModel(source, threads=1, kv_type="f32", micro_batch=16),
+    "engine-exact": lambda source: EngineModel(source, threads=1, exact=True),
 }
 
 
@@ -115,9 +116,10 @@ def test_keys_values_and_logits_have_the_same_bits(backend, state, name, tmp_pat
 
 
 def test_a_chunk_of_any_length_may_end_the_saved_prompt(backend, state) -> None:
-    model = backend("engine")
+    """Without int8 activations the engine's bits do not depend on the chunks of a prompt."""
+    model = backend("engine-exact")
     for chunk in (1, 7, 300):
-        saved = read_state(state("engine", chunk), model)
+        saved = read_state(state("engine-exact", chunk), model)
         assert run(model, PROMPT, mtp=2, saved=saved).ids == run(model, PROMPT, mtp=2).ids
 
 

@@ -196,6 +196,22 @@ def test_tensors_printed_by_llamacpp(model: Model, tmp_path: Path) -> None:
             '{"tokens": [1], "top_k_logits": [[1]], "top_k_indices": [[400]]}',
             "no ids of this vocabulary",
         ),
+        (
+            "x.jsonl",
+            '{"tokens": [1], "top_k_logits": [[1]], "top_k_indices": [[99999999999999999999]]}',
+            "a record cannot be read",
+        ),
+        (
+            "x.jsonl",
+            '{"prompt_logprobs": [null, {"4611686018427387904": -1.0}]}',
+            "token id 4611686018427387904 among the log probabilities is outside",
+        ),
+        (
+            "x.jsonl",
+            '{"prompt_logprobs": [null, {"99999999999999999999": -1.0}]}',
+            "token id 99999999999999999999 among",
+        ),
+        ("x.jsonl", '{"prompt_logprobs": [null, {"-3": -1.0}]}', "token id -3 among"),
         ("x.txt", "hello", "holds no tensor l_out-N"),
         ("x.txt", b"\xff\xfe", "not a form that is known"),
         ("x.npy", b"\x93NUMPY", "not a readable .npy or .npz file"),

@@ -159,6 +159,8 @@ def test_what_cannot_be_compared_is_refused(golden: dict[str, np.ndarray]) -> No
     [
         ("moe_layers", np.array(5), "not a list of layers 0 to 8"),
         ("moe_layers", np.array(["a"]), "not a list of layers"),
+        ("moe_layers", np.zeros(7, "V8"), "not a list of layers"),
+        ("prompt", np.zeros(T, "V8"), "`prompt` does not hold integers"),
         ("moe_layers", np.array([2, 3, 4, 5, 6, 7, 9]), "not a list of layers"),
         ("hidden", np.array(5.0), "0 axes"),
         ("hidden", np.zeros((5, T, 64)), "different numbers of layers: 4 in `hidden`|9 in"),
