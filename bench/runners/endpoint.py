@@ -1,0 +1,244 @@
+"""Any OpenAI-compatible endpoint (vLLM, SGLang, llama-server) behind the runners' interface."""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+from bench.runners.base import Measurement, RunnerError, RunnerTest
+from bench.runners.stream import Answer, Client
+from bench.runners.texts import CHARACTERS_A_TOKEN, prompt
+
+Keep = Callable[[dict[str, Any]], None]
+
+_COUNTERS = re.compile(
+    r"^vllm:spec_decode_num_(draft|accepted)_tokens(?:_total)?(?:\{[^}]*\})?\s+([\d.eE+]+)", re.M
+)
+_ENGINES = (("vllm", "vLLM"), ("sglang", "SGLang"), ("llamacpp", "llama.cpp"))
+
+
+class EndpointRunner:
+    """Streams answers to real text from an endpoint.
+
+    Args:
+        client: the endpoint.
+        model: the served model's name, or '' for the first one it lists.
+        concurrency: requests at the same time.
+        requests: of a measurement; at least `concurrency`.
+        keep: given every request as it ends, whatever became of it.
+    """
+
+    flags: tuple[str, ...] = ()
+
+    def __init__(
+        self, client: Client, model: str = "", concurrency: int = 1, requests: int = 4,
+        keep: Keep = lambda _: None,
+    ) -> None:  # fmt: skip
+        self._client, self._given, self._keep = client, model, keep
+        self._concurrency, self._requests = concurrency, max(requests, concurrency)
+        self._per_token = 0.0
+        self._sent = 0
+
+    @property
+    def name(self) -> str:
+        """Address and concurrency."""
+        return f"{self._client.where} x{self._concurrency}"
+
+    @cached_property
+    def _listed(self) -> dict[str, Any]:
+        models = self._client.get_json("/v1/models").get("data")
+        first = models[0] if isinstance(models, list) and models else {}
+        return first if isinstance(first, dict) else {}
+
+    @cached_property
+    def _props(self) -> dict[str, Any]:
+        return self._client.get_json("/props")
+
+    @cached_property
+    def model(self) -> str:
+        """The served model's name.
+
+        Raises:
+            RunnerError: the endpoint cannot be reached, or lists none.
+        """
+        name = self._given or str(self._listed.get("id") or "")
+        if not name:
+            raise RunnerError(
+                f"{self._client.where}: lists no model at /v1/models; name it with --served-model"
+            )
+        return name
+
+    @cached_property
+    def engine(self) -> str:
+        """vLLM, SGLang or llama.cpp, as the endpoint tells; else 'openai-compatible'."""
+        said = str(self._listed.get("owned_by", "")).lower()
+        if "build_info" in self._props:
+            return "llama.cpp"
+        return next((name for word, name in _ENGINES if word in said), "openai-compatible")
+
+    @cached_property
+    def version(self) -> str:
+        """Build, as the endpoint tells, or empty."""
+        told = self._props.get("build_info") or self._client.get_json("/version").get("version")
+        return str(told or "")
+
+    def measure(self, test: RunnerTest) -> Measurement:
+        """Ask `requests` times with prompts of about `n_prompt` tokens, `n_gen` new ones each.
+
+        Samples are of each complete request: tokens/s after the first token (1 / TPOT); where
+        none was complete, of what came before they broke, and the record says so.
+
+        Raises:
+            RunnerError: no request gave two tokens; the first one's error is told.
+        """
+        self._warm_up(test)
+        before, began = self._drafts(), time.perf_counter()
+        answers = self._all(test)
+        seconds = time.perf_counter() - began
+        whole = [a for a in answers if not a.error and a.tpot_s is not None]
+        used = whole or [a for a in answers if a.tpot_s is not None]
+        if not used:
+            why = next((a.error for a in answers if a.error), "answers of less than two tokens")
+            raise RunnerError(f"{self._client.where}: {why}")
+        drafts = self._acceptance(answers, before)
+        record = {**self._facts(), **self._summary(test, answers, used, seconds), **drafts,
+                  "complete": len(whole)}  # fmt: skip
+        return Measurement(
+            engine=self.engine,
+            build=self.version,
+            flags=f"concurrency {self._concurrency}, prompt ~{test.n_prompt}, "
+            f"at most {test.n_gen} new tokens, temperature 0",
+            samples_ts=tuple(1.0 / _tpot(a) for a in used),
+            samples_ns=tuple(round(1e9 * a.arrivals[-1]) for a in used),
+            record=record,
+        )
+
+    def _warm_up(self, test: RunnerTest) -> None:
+        """One request, which also tells how many characters make a token.
+
+        Raises:
+            RunnerError: it failed.
+        """
+        characters = round(max(64, test.n_prompt) * (self._per_token or CHARACTERS_A_TOKEN))
+        answer = self._ask(test, characters, 2, "warm-up")
+        if answer.error and not answer.arrivals:
+            raise RunnerError(f"{self._client.where}: {answer.error}")
+        if answer.prompt_tokens:
+            self._per_token = min(12.0, max(0.5, characters / answer.prompt_tokens))
+
+    def _ask(self, test: RunnerTest, characters: int, tokens: int, kind: str) -> Answer:
+        self._sent += 1
+        number = self._sent
+        answer = self._client.ask({
+            "model": self.model, "stream": True, "stream_options": {"include_usage": True},
+            "temperature": 0, "max_tokens": tokens,
+            "messages": [{"role": "user", "content": prompt(number, characters)}],
+        })  # fmt: skip
+        about = {"endpoint": self._client.where, "kind": kind, "concurrency": self._concurrency}
+        self._keep({**about, **answer.json()})
+        return answer
+
+    def _all(self, test: RunnerTest) -> list[Answer]:
+        """All requests, `concurrency` of them at any time."""
+        characters = round(test.n_prompt * (self._per_token or CHARACTERS_A_TOKEN))
+        left: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for i in range(self._requests):
+            left.put(i)
+        done: queue.SimpleQueue[Answer | BaseException] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    left.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    done.put(self._ask(test, characters, test.n_gen, "measured"))
+                except BaseException as error:  # handed to the caller
+                    done.put(error)
+
+        for _ in range(self._concurrency):
+            threading.Thread(target=work, daemon=True).start()
+        answers: list[Answer] = []
+        try:
+            while len(answers) < self._requests:
+                found = done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                answers.append(found)
+        finally:
+            stop.set()
+        return answers
+
+    def _facts(self) -> dict[str, Any]:
+        meta = self._listed.get("meta") or {}
+        known = {"model_n_params": meta.get("n_params"), "model_size": meta.get("size")}
+        path = str(self._props.get("model_path") or "")
+        return {
+            "model": self.model,
+            "model_filename": path.split("/")[-1],
+            **{k: v for k, v in known.items() if isinstance(v, int | float) and v > 0},
+        }
+
+    def _summary(
+        self, test: RunnerTest, answers: Sequence[Answer], used: Sequence[Answer], seconds: float
+    ) -> dict[str, Any]:
+        gaps = sorted(g for a in used for g in a.gaps_s)
+        prompts = [a.prompt_tokens for a in used if a.prompt_tokens]
+        errors = [a.error for a in answers if a.error]
+        reasoning = [a.reasoning_tokens for a in used if a.reasoning_tokens is not None]
+        counted = all(a.completion_tokens == a.tokens for a in used)
+        prefill = [a.server["prompt_per_second"] for a in used if "prompt_per_second" in a.server]
+        return {
+            "concurrency": self._concurrency,
+            "requests": len(answers),
+            "errors": errors,
+            "n_gen": round(median(a.tokens for a in used)),
+            "n_prompt": round(median(prompts)) if prompts else test.n_prompt,
+            "prompt_counted": bool(prompts),
+            "tokens_counted_by": "server" if counted else "pieces",
+            "reasoning_tokens": sum(reasoning) if reasoning else None,
+            "reasoning_pieces": sum(a.reasoning_pieces for a in used),
+            "ttft_s": median(a.arrivals[0] for a in used),
+            "tpot_s": median(_tpot(a) for a in used),
+            "itl_median_s": median(gaps),
+            "itl_p99_s": gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
+            "aggregate_tok_s": sum(a.tokens for a in used) / seconds,
+            "server_prefill_tok_s": median(prefill) if prefill else None,
+        }
+
+    def _drafts(self) -> dict[str, float]:
+        """vLLM's counters of drafts, where it has them."""
+        if self.engine != "vLLM":
+            return {}
+        try:
+            text = self._client.get("/metrics")
+        except RunnerError:
+            return {}
+        found: dict[str, float] = {}
+        for kind, value in _COUNTERS.findall(text):
+            found[kind] = found.get(kind, 0.0) + float(value)
+        return found
+
+    def _acceptance(self, answers: Sequence[Answer], before: dict[str, float]) -> dict[str, Any]:
+        drafted = sum(a.drafted or 0 for a in answers)
+        accepted = sum(a.accepted or 0 for a in answers)
+        after = self._drafts() if before else {}
+        if after:
+            drafted = round(after.get("draft", 0) - before.get("draft", 0))
+            accepted = round(after.get("accepted", 0) - before.get("accepted", 0))
+        if drafted <= 0:
+            return {"drafted": None, "accepted": None, "acceptance": None}
+        return {"drafted": drafted, "accepted": accepted, "acceptance": accepted / drafted}
+
+
+def _tpot(answer: Answer) -> float:
+    assert answer.tpot_s is not None
+    return answer.tpot_s
