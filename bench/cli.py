@@ -16,6 +16,8 @@ from hwmodel.cli_support import SETTINGS, CommandGroup
         "import": "bench.cli_import:import_command",
         "loop": "bench.cli_loop:loop",
         "probe": "bench.cli_probe:probe",
+        "run": "bench.cli_run:run",
+        "report": "bench.cli_report:report",
     },
     context_settings=SETTINGS,
 )

@@ -13,7 +13,7 @@ import re
 from bench.runs import RunRecord
 from hwmodel import names
 from hwmodel.catalogue import load_model
-from hwmodel.devices import Device, load_device
+from hwmodel.devices import LOCAL, Device, load_device
 from hwmodel.engines import Engine, load_engine
 from hwmodel.errors import RequestError
 from hwmodel.model import ModelShape, shape_from_totals
@@ -81,6 +81,8 @@ def resolve(record: RunRecord, quantity: Quantity = "decode_tok_s") -> RunConfig
 
 def _devices(record: RunRecord, unknown: list[str]) -> tuple[DeviceCount, ...]:
     count = max(1, round(record.n_devices or 1))
+    if record.device.strip().lower() == LOCAL:
+        return (DeviceCount(load_device(LOCAL), count),)
     name = names.canonical("device", record.device)
     if name is not None:
         if not name.exact:
