@@ -31,14 +31,18 @@ TYPES = [
     "and routers stay f32.",
 )
 @click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
+@click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
 @click.option("--name", metavar="TEXT", help="general.name of a GGUF file [default: SRC's name].")
 @click.option("--force", is_flag=True, help="Replace a GGUF file that is there already.")
 @click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="Threads that quantise.")
+@click.pass_context
 def convert(
+    ctx: click.Context,
     src: str,
     out: str,
     file_type: str,
     no_mtp: bool,
+    mtp_model: str | None,
     name: str | None,
     force: bool,
     threads: int | None,
@@ -54,16 +58,24 @@ def convert(
     Examples:
       refimpl convert Step-3.5-Flash step-q4_k_s.gguf --type q4_k_s
       refimpl convert step-bf16.gguf step-iq4_xs.gguf --type iq4_xs --no-mtp
+      refimpl convert trunk.gguf whole.gguf --type q6_k --mtp-model mtp.gguf
     """
     import time
     from pathlib import Path
 
-    from refimpl.backends import model_path
+    from refimpl.backends import EMBEDDED, model_path
     from refimpl.checkpoint.convert import convert as run
 
+    if no_mtp and mtp_model is not None:
+        raise click.UsageError("--mtp-model adds what --no-mtp leaves out; give one of them", ctx)
+    if src == EMBEDDED:
+        note(
+            "note: mini is stored in 4 bits; its BF16 weights are the folder refimpl/mini/bf16 of "
+            "the repository"
+        )
     began = time.monotonic()
     with _notes_beside_a_bar() as (move, say):
-        run(model_path(src), out, file_type, not no_mtp, move, name, force, say, threads)
+        run(model_path(src), out, file_type, not no_mtp, move, name, force, say, threads, mtp_model)
     seconds = time.monotonic() - began
     note(f"wrote {out}: {_size(Path(out)) / 1e6:,.1f} MB in {seconds:.1f} s")
 

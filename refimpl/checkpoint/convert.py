@@ -38,6 +38,7 @@ def convert(
     overwrite: bool = False,
     say: Say = lambda remark: None,
     threads: int | None = None,
+    mtp_path: str | Path | None = None,
 ) -> tuple[str, ...]:
     """Convert a checkpoint to one GGUF file, or to a Hugging Face folder.
 
@@ -52,6 +53,7 @@ def convert(
         overwrite: replace a GGUF file that is there already.
         say: takes the notes as they arise.
         threads: that quantise to GGUF; the default is one for each physical core.
+        mtp_path: a second checkpoint that holds the MTP layers; the output holds both.
 
     Returns:
         Notes for the user, one sentence each.
@@ -66,13 +68,14 @@ def convert(
     if file_type not in known:
         form = "GGUF file" if to_gguf else "folder of safetensors"
         raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
-    if out.exists() and src.exists() and out.samefile(src):
+    sources = [src] if mtp_path is None else [src, Path(mtp_path)]
+    if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
     if to_gguf and out.is_dir():
         raise InputError(f"{out}: is a folder, expected the name of a file to write")
     if to_gguf and out.exists() and not overwrite:
         raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
-    source = open_checkpoint(src)
+    source = open_checkpoint(src, mtp_path=mtp_path)
     notes = _Notes(say)
     for warning in source.warnings:
         notes.add(warning)

@@ -24,9 +24,9 @@ def fingerprint(source: WeightSource) -> str:
     Covered: every field of the configuration; of every tensor of the model its name, stored type,
     shape and size; all bytes of tensors up to 64 KiB (norms, biases, most routers); of larger ones
     16 pieces of 4 KiB, evenly spread from the first byte to the last; where scales lie in tensors
-    of their own, 16 decoded rows as well. A full file of 100 GB costs some 50 MB of reading. Two checkpoints that differ only between the pieces of large tensors are
-    not told apart: it guards against mix-ups and retrained or converted weights, not against
-    forgery.
+    of their own, 16 decoded rows as well. A full file of 100 GB costs some 50 MB of reading. Two
+    checkpoints that differ only between the pieces of large tensors are not told apart: it guards
+    against mix-ups and retrained or converted weights, not against forgery.
 
     Raises:
         InputError: the weights do not come from checkpoint files.

@@ -22,7 +22,7 @@ from refimpl.checkpoint.synth import PRESETS, synthesize
 from refimpl.cli import main
 from refimpl.decoding.generate import generate
 from refimpl.decoding.generation import GenerateOptions
-from refimpl.errors import CheckpointError
+from refimpl.errors import CheckpointError, InputError
 from refimpl.inventory import TensorSpec, gguf_inventory, inventory
 
 Made = Callable[[str, str], Path]
@@ -196,3 +196,26 @@ def test_commands_take_the_pair(pair: tuple[Path, Path, Path], tmp_path: Path) -
         "--layers", "0:1",
     )  # fmt: skip
     assert done.exit_code == 2
+
+
+def test_a_pair_is_converted_into_one_file(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The tensors of the whole model's own conversion; and options that contradict each other."""
+    whole, trunk, mtp = pair
+    convert(whole, tmp_path / "whole.gguf", "q8_0")
+    args = ["convert", str(trunk), str(tmp_path / "joined.gguf"), "--type", "q8_0"]
+    done = CliRunner().invoke(main, [*args, "--mtp-model", str(mtp)])
+    assert done.exit_code == 0, done.stderr
+    expected, found = (read_gguf(tmp_path / f"{n}.gguf").tensors for n in ("whole", "joined"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensor.data, found[name].data, name)
+    for extra, sentence in (
+        (["--mtp-model", str(mtp), "--no-mtp"], "give one of them"),
+        (["--mtp-model", str(tmp_path / "none.gguf"), "--force"], "none.gguf"),
+        (["--mtp-model", str(trunk), "--force"], "declares no MTP layers"),
+    ):
+        wrong = CliRunner().invoke(main, [*args, *extra])
+        assert wrong.exit_code == 2 and wrong.stderr.count("\n") == 1
+        assert sentence in wrong.stderr
+    with pytest.raises(InputError, match="is the checkpoint itself"):
+        convert(trunk, mtp, "q8_0", overwrite=True, mtp_path=mtp)
