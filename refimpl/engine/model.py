@@ -103,7 +103,7 @@ class EngineModel:
             self.residency.make_room(size)
         made = EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
         if self.residency is not None:
-            weakref.finalize(made, self.residency.make_room, -size)
+            weakref.finalize(made, self.residency.give_back, size).atexit = False
         return made
 
     def _context(self, capacity: int) -> str:

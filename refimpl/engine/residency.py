@@ -18,7 +18,7 @@ import ctypes
 import mmap
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -157,6 +157,7 @@ class Residency:
     @property
     def slots(self) -> int:
         """Experts that memory holds."""
+        self._experts.make_room(0)
         return self._experts.capacity
 
     @property
@@ -194,12 +195,17 @@ class Residency:
                 lock(file.address + start, length)  # a refusal is no harm: they are used often
 
     def make_room(self, size: int) -> None:
-        """Give up slots for `size` bytes of other use; negative: take them back.
+        """Give up slots for `size` bytes of other use.
 
         Raises:
             InputError: too few would be left.
         """
         self._experts.make_room(size)
+
+    def give_back(self, size: int) -> None:
+        """`size` bytes that room was made for are free again; may be called from a finalizer, at
+        any moment and in any thread."""
+        self._experts.returned.append(size)
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -217,7 +223,7 @@ class _Experts:
         self._count = config.moe_num_experts
         self._minimum = minimal_slots(config)
         self.slot_bytes, self.capacity, self._whole = slot_bytes(source), slots, slots
-        self._yielded = 0
+        self._yielded, self.returned = 0, deque[int]()
         self._memory = anonymous(slots * self.slot_bytes + mmap.PAGESIZE)
         self._view = memoryview(self._memory)
         self._base = int(np.frombuffer(self._memory, dtype=np.uint8).ctypes.data)
@@ -278,6 +284,7 @@ class _Experts:
         used = self._used(int(self._step.working(Step.GROUPS, np.int64, (1, 1))[0, 0]))
         scan = int(self._step.field(Step.ROWS)) >= _SCAN_ROWS
         with self._lock:
+            self._take_back()
             missing = [e for e in used if (layer, e) not in self._held]
             size = sum(s.expert_bytes for s in self._stacks[layer])
             self._count_choice(len(used), len(missing), size)
@@ -377,6 +384,7 @@ class _Experts:
     def make_room(self, size: int) -> None:
         """See `Residency.make_room`."""
         with self._lock:
+            self._take_back()
             yielded = self._yielded + size
             capacity = self._whole - round_up(yielded, self.slot_bytes) // self.slot_bytes
             if capacity < self._minimum:
@@ -385,10 +393,22 @@ class _Experts:
                     f"memory, of which a step needs {self._minimum} of {self.slot_bytes / 1e6:.1f} "
                     "MB; ask for a shorter context or a smaller KV type, or allow more memory"
                 )
-            self._yielded, change = yielded, capacity - self.capacity
-            self.capacity = capacity
-            while len(self._held) > capacity:
-                self._free.append(self._evict(next(iter(self._held))))
+            self._resize(yielded, capacity)
+
+    def _take_back(self) -> None:
+        """Use the memory of caches that are gone."""
+        while self.returned:
+            yielded = self._yielded - self.returned.popleft()
+            slots = self._whole - round_up(yielded, self.slot_bytes) // self.slot_bytes
+            self._resize(yielded, slots)
+
+    def _resize(self, yielded: int, capacity: int) -> None:
+        """Another number of slots; those that were not used for longest go first."""
+        change = capacity - self.capacity
+        self._yielded, self.capacity = yielded, capacity
+        while len(self._held) > capacity:
+            self._evict(next(iter(self._held)))
+        if change:
             self._rebuild_free(change)
 
     def _rebuild_free(self, change: int) -> None:

@@ -1,0 +1,317 @@
+"""A model that is larger than the memory it may use: same bits, bounded memory, sentences."""
+
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refimpl.checkpoint.open import open_checkpoint
+from refimpl.checkpoint.slice import write_random
+from refimpl.checkpoint.stored import StoredSource
+from refimpl.checkpoint.synth import tiny_a
+from refimpl.engine import budget, disk, memory
+from refimpl.engine.disk import BLOCK, DirectFile, Readers, slice_speed, span, supported
+from refimpl.engine.memory import own_bytes
+from refimpl.engine.model import EngineModel
+from refimpl.engine.residency import (
+    Residency,
+    expert_slices,
+    minimal_slots,
+    shared_parts,
+    slot_bytes,
+)
+from refimpl.errors import CheckpointError, InputError
+
+pytestmark = pytest.mark.skipif(not supported(), reason="the system cannot read into memory")
+CONTEXT = 64
+TOKENS = [int(i) for i in np.random.default_rng(3).integers(0, 320, 40)]
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_a` with 64 experts of whole blocks: a step of four rows uses half of them at most."""
+    path = tmp_path_factory.mktemp("residency") / "model.gguf"
+    config = dataclasses.replace(tiny_a(), moe_num_experts=64)
+    write_random(config, path, "q4_0", 1)
+    return path
+
+
+@pytest.fixture
+def source(model_file: Path) -> Iterator[StoredSource]:
+    opened = open_checkpoint(model_file)
+    yield opened
+    opened.close()
+
+
+def with_slots(source: StoredSource, slots: int, **options: int) -> EngineModel:
+    """An engine with so many slots beside a context of 64 tokens, as if there were no memory for
+    more."""
+    model = EngineModel(source, **options)
+    assert model.residency is None
+    beside = -(-model.cache_bytes(CONTEXT) // slot_bytes(source))
+    model.residency = Residency(model.program, source, slots + beside)
+    return model
+
+
+def logits(model: EngineModel) -> bytes:
+    """Those of a prompt in one chunk, of single tokens and of a verification."""
+    cache = model.new_cache(CONTEXT)
+    parts = [model.prefill(TOKENS[:24], cache, all_logits=True)]
+    parts += [model.decode([token], cache) for token in TOKENS[24:36]]
+    parts.append(model.decode(TOKENS[36:40], cache))
+    return b"".join(step.logits.tobytes() for step in parts)
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(1, 4), (2, 4), (3, 4), (2, 24)])
+def test_residency_changes_no_bit(source: StoredSource, threads: int, rows: int) -> None:
+    """Few slots, so that every expert is read, evicted and read again; in prefill of many rows,
+    slots for one layer's experts."""
+    plain = EngineModel(source, threads=threads, micro_batch=rows)
+    expected = logits(plain)
+    plain.close()
+    few = 40 if rows == 4 else source.config.moe_num_experts
+    model = with_slots(source, few, threads=threads, micro_batch=rows)
+    assert model.residency is not None
+    assert logits(model) == expected
+    seen = model.residency.traffic
+    assert 0 < seen.found < seen.chosen
+    assert seen.bytes_read >= seen.chosen_bytes - seen.found_bytes
+    assert seen.busy_s > 0
+    model.close()
+
+
+def test_what_is_held_is_not_read_again(source: StoredSource) -> None:
+    moe = sum(spec.is_moe for spec in source.config.layers)
+    model = with_slots(source, moe * source.config.moe_num_experts)
+    assert model.residency is not None
+    for _ in range(2):
+        cache = model.new_cache(CONTEXT)
+        model.decode([5], cache)
+        before = model.residency.traffic
+        del cache
+    after = model.residency.traffic
+    assert after.found * 2 == after.chosen
+    assert after.bytes_read == before.bytes_read
+    model.close()
+
+
+def test_the_least_recently_used_expert_gives_way(source: StoredSource) -> None:
+    """With slots for one step's experts of all layers, the same token twice reads nothing the
+    second time; after many others it does again."""
+    moe = sum(spec.is_moe for spec in source.config.layers)
+    model = with_slots(source, max(moe * source.config.moe_top_k, minimal_slots(source.config)))
+    assert model.residency is not None
+
+    def missed(token: int) -> int:
+        before = model.residency.traffic  # type: ignore[union-attr]
+        model.decode([token], model.new_cache(CONTEXT))
+        after = model.residency.traffic  # type: ignore[union-attr]
+        return after.chosen - after.found - before.chosen + before.found
+
+    missed(5)
+    assert missed(5) == 0
+    for token in range(40, 60):
+        missed(token)
+    assert missed(5) > 0
+    model.close()
+
+
+def test_without_direct_reads_or_advice_the_bits_are_the_same(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without direct reads, and a system that refuses madvise and mlock."""
+    plain = EngineModel(source, micro_batch=4)
+    expected = logits(plain)
+    plain.close()
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.setattr(disk, "_HUGE_PAGES", -1)
+
+    class Refusing:
+        def __getattr__(self, name: str) -> object:
+            raise AttributeError(name)
+
+    model = with_slots(source, minimal_slots(source.config))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Refusing())
+    seen: list[tuple[int, int]] = []
+    assert model.read_ahead(lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert logits(model) == expected
+    model.close()
+
+
+def test_shared_parts_and_experts_make_up_the_file(source: StoredSource, model_file: Path) -> None:
+    """Every byte of an expert lies in a slice; the rest, in whole pages, is shared."""
+    model = EngineModel(source)
+    covered = np.zeros(model_file.stat().st_size, dtype=bool)
+    for path, offset, length in expert_slices(source):
+        assert Path(path) == model_file
+        assert not covered[offset : offset + length].any()
+        covered[offset : offset + length] = True
+    experts = int(covered.sum())
+    assert experts == sum(t.rows.nbytes for t in source.tensors if t.spec.is_stacked)
+    for _, start, length in shared_parts(source, model.files):
+        assert start % BLOCK == 0
+        covered[start : start + length] = True
+    assert covered.all()
+    model.close()
+
+
+def test_a_step_has_no_more_rows_than_memory_has_experts_for(source: StoredSource) -> None:
+    k = source.config.moe_top_k
+    model = with_slots(source, 6 * k)
+    assert model.residency is not None
+    cache = model.new_cache(CONTEXT)
+    assert model.residency.max_rows == 6
+    model.prefill(TOKENS[:20], cache)
+    assert sum(model.program.runs.values()) == 4
+    model.close()
+
+
+def test_a_context_takes_the_place_of_experts_and_gives_it_back(source: StoredSource) -> None:
+    least = minimal_slots(source.config)
+    model = with_slots(source, least)
+    residency = model.residency
+    assert residency is not None
+    beside = residency.slots - least
+    logits(model)
+    cache = model.new_cache(CONTEXT)
+    assert residency.slots == least
+    with pytest.raises(InputError, match=rf"leave room for 0 experts .* a step needs {least} of"):
+        residency.make_room(least * residency.slot_bytes)
+    assert residency.slots == least
+    del cache
+    assert residency.slots == least + beside
+    logits(model)
+    model.close()
+
+
+def test_memory_is_divided_with_the_arithmetic(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is allowed, less what the process has, the shared parts and working memory."""
+    monkeypatch.setattr(budget, "own_bytes", lambda: 0)
+    plain = EngineModel(source, micro_batch=4)
+    size = sum(file.size for file in plain.files)
+    shared = sum(length for _, _, length in shared_parts(source, plain.files))
+    working = sum(part.nbytes for part in plain.working_memory())
+    plain.close()
+    allowed = shared + working + 40 * slot_bytes(source)
+    assert allowed < size
+    model = EngineModel(source, micro_batch=4, memory_bytes=allowed)
+    assert model.residency is not None and model.residency.slots == 40
+    assert model.description["experts_held"] == 40
+    model.close()
+    with pytest.raises(InputError, match=r"cannot be left on disk with less than .* for \d+ exp"):
+        EngineModel(source, micro_batch=4, memory_bytes=shared)
+    model = EngineModel(source, micro_batch=4, memory_bytes=size)
+    assert model.residency is None
+    model.close()
+    monkeypatch.setattr(budget, "available_bytes", lambda: 1000)
+    with pytest.raises(InputError, match=r"may be used, but only .* are free; allow less"):
+        EngineModel(source, micro_batch=4, memory_bytes=allowed)
+
+
+def test_a_checkpoint_larger_than_free_memory_has_its_experts_on_disk(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "fits_memory", lambda files: False)
+    model = EngineModel(source)
+    assert model.residency is not None  # memory is ample here: all experts find room
+    assert model.residency.slots == model.residency.experts
+    model.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_control_groups_limit_what_is_available(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tightest group counts, its page cache as free; a group without a limit does not."""
+    line = "4:memory:/a/b" if version == 1 else "0::/a/b"
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else (
+        "memory.max", "memory.current")  # fmt: skip
+    prefix = "total_" if version == 1 else ""
+    for folder, limit in ((root / "a", "700000"), (root / "a" / "b", "max")):
+        folder.mkdir(parents=True)
+        (folder / names[0]).write_text(limit)
+        (folder / names[1]).write_text("500000")
+        stat = f"{prefix}inactive_file 1000\n{prefix}active_file 200\n"
+        (folder / "memory.stat").write_text(stat)
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{line}\n")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "_MOUNT", tmp_path)
+    assert memory.available_bytes() == 700_000 - 500_000 + 1200
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "none")
+    assert memory.available_bytes() > 1_000_000
+    assert own_bytes() > 0
+
+
+def test_a_file_that_loses_experts_ends_in_a_sentence(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step goes on to its end, the error follows, and the model can be used again."""
+    model = with_slots(source, 100, micro_batch=4)
+    real = DirectFile.read
+
+    def failing(self: DirectFile, target: memoryview, offset: int, needed: int) -> None:
+        raise CheckpointError(f"{self.path}: bytes of the file are gone")
+
+    monkeypatch.setattr(DirectFile, "read", failing)
+    with pytest.raises(CheckpointError, match="bytes of the file are gone"):
+        model.decode([5], model.new_cache(CONTEXT))
+    monkeypatch.setattr(DirectFile, "read", real)
+    plain = EngineModel(source, micro_batch=4)
+    assert logits(model) == logits(plain)
+    model.close()
+    plain.close()
+
+
+def test_reads_of_any_place_are_whole_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    data = np.random.default_rng(1).integers(0, 256, 3 * BLOCK + 100, dtype=np.uint8)
+    path.write_bytes(data.tobytes())
+    file, readers = DirectFile(str(path), len(data)), Readers(2)
+    buffer = memoryview(disk.anonymous(8 * BLOCK))
+    for offset, length in ((0, 10), (BLOCK - 1, 2), (100, 2 * BLOCK), (3 * BLOCK, 100)):
+        low, high = span(offset, length)
+        done: list[int] = []
+        readers.ask(file, offset, length, buffer[: high - low], lambda d=done: d.append(1))
+        readers.settle()
+        assert done == [1] and readers.error is None
+        found = bytes(buffer[offset - low : offset - low + length])
+        assert found == data[offset : offset + length].tobytes()
+    readers.ask(file, 3 * BLOCK, 200, buffer[:BLOCK], int)
+    readers.settle()
+    assert isinstance(readers.error, CheckpointError)
+    readers.close()
+    file.close()
+    with pytest.raises(CheckpointError, match="has shrunk"):
+        DirectFile(str(path), len(data) + 1)
+    with pytest.raises(CheckpointError, match="cannot be opened"):
+        DirectFile(str(tmp_path / "none"), 0)
+    assert min(slice_speed([(str(path), 5, 5000)], 10_000, 2)) > 0
+
+
+def test_the_command_says_what_it_reads_from_disk(model_file: Path, tmp_path: Path) -> None:
+    """`--memory` of a model that fits changes nothing; too little is refused in a sentence."""
+    ids = tmp_path / "ids.json"
+    ids.write_text("[1, 2, 3]")
+    code = "from refimpl.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "--tokens", str(ids), "--model",
+               str(model_file), "--max-new-tokens", "2", "--stats"]  # fmt: skip
+    cases: list[tuple[str, int, str]] = [
+        ("0", 2, "--memory is 0, expected GB above 0"),
+        ("0.0001", 2, "experts cannot be left on disk with less than"),
+    ]
+    for value, code_wanted, text in cases:
+        done = subprocess.run(
+            [*command, "--memory", value], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == code_wanted, done.stderr
+        assert text in done.stderr
