@@ -71,7 +71,10 @@ def measure(path: Path, prompts: list[list[int]]) -> dict[str, dict[str, float]]
     for name, size in CHUNKS.items():
         errors = {
             who: np.sqrt(
-                sum(float(np.sum((run(by, p, size) - e) ** 2)) for p, e in zip(prompts, exact))
+                sum(
+                    float(np.sum((run(by, p, size) - e) ** 2))
+                    for p, e in zip(prompts, exact, strict=True)
+                )
                 / sum(float(np.sum(e**2)) for e in exact)
             )
             for who, run, by in (
