@@ -137,9 +137,10 @@ def points() -> tuple[Point, ...]:
     found += _grid(fast, "q4_k_s-mtp3", (), (), (1, 2, 3))
     for engine in ENGINES:
         drafts = (1, 2, 3) if engine == fast else ()
-        seen = ("decode-d0", "prefill-128", "prefill-1024", "decode-d0-mtp1")
-        found += _grid(engine, EMBEDDED, (128, 256, 512, 1024, 2048), (0, 512, 2048), drafts, seen)
-        found += _grid(engine, f"{EMBEDDED}-q8_0", (512,), (0, 512), (), ("decode-d0",))
+        # the embedded model's context ends at 1024 tokens
+        seen = ("decode-d0", "prefill-128", "prefill-768", "decode-d0-mtp1")
+        found += _grid(engine, EMBEDDED, (64, 128, 256, 512, 768), (0, 256, 768), drafts, seen)
+        found += _grid(engine, f"{EMBEDDED}-q8_0", (512,), (0, 256), (), ("decode-d0",))
         found += _grid(engine, f"{EMBEDDED}-q4_k_s", (512,), (0,), ())
     return tuple(found)
 

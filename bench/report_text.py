@@ -121,8 +121,8 @@ def _coverage(found: Sources) -> str:
     return (
         markdown(("", ""), rows)
         + f"\n\nNot judged, by what the run's entry says: {why}. Such rows are predicted but not "
-        "drawn; one that counts as a ratio only (drafts over none, in conditions that are not stated) is "
-        "judged as a ratio below."
+        "drawn; one that counts as a ratio only (drafts over none, in conditions that are not "
+        "stated) is judged as a ratio below."
     )
 
 
