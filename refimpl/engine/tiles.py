@@ -24,9 +24,9 @@ from numba import types
 from refimpl.engine.codes import codes32
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import cfunc, intrinsic, njit, overload
-from refimpl.engine.kernels512 import super_codes
 from refimpl.engine.lanes import shuffler
 from refimpl.engine.simd import Parameter, Simd
+from refimpl.engine.supers import super_codes
 from refimpl.engine.vec import (
     F32x16,
     I8x64,
