@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TYPES = [
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_nl",
-    "iq4_xs", "q4_0",
+    "iq4_xs", "q4_0", "fp8",
 ]  # fmt: skip
 
 
@@ -27,8 +27,8 @@ TYPES = [
     "file_type",
     required=True,
     type=click.Choice(TYPES),
-    help="How matrices are stored, with llama.cpp's default mixture of types for each; vectors "
-    "and routers stay f32.",
+    help="How matrices are stored, in a GGUF file with llama.cpp's default mixture of types for "
+    "each, vectors and routers f32; fp8 is for folders (the routed experts, as published).",
 )
 @click.option("--no-mtp", is_flag=True, help="Leave the MTP layers out.")
 @click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
@@ -50,9 +50,9 @@ def convert(
     """Write the checkpoint SRC (a folder, a GGUF file, or mini) as OUT.
 
     An OUT that ends in .gguf becomes a GGUF file that llama.cpp loads; any other becomes a
-    Hugging Face folder (f32, f16, bf16). Tensors are read, quantised and written piece by piece,
-    so a few hundred MB of memory do for any model. After Ctrl-C or a full disk the same command
-    goes on where it stopped (OUT.partial).
+    Hugging Face folder (f32, f16, bf16, fp8). Tensors are read, quantised and written piece by
+    piece, so a few hundred MB of memory do for any model. After Ctrl-C or a full disk the same
+    command goes on where it stopped (OUT.partial).
 
     \b
     Examples:

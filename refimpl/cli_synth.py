@@ -14,6 +14,7 @@ _TYPES = [
     "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
     "iq4_nl", "iq4_xs",
 ]  # fmt: skip
+_SLICE = {"experts": 64, "vocab": 16384}
 
 
 @click.command()
@@ -37,12 +38,8 @@ _TYPES = [
     "file's), q4_k_m and q5_k_m are mixtures (tiny presets: those of convert).",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="S")
-@click.option(
-    "--experts", type=int, default=64, show_default=True, metavar="N", help="Experts of the slice."
-)
-@click.option(
-    "--vocab", type=int, default=16384, show_default=True, metavar="N", help="Its vocabulary."
-)
+@click.option("--experts", type=int, metavar="N", help="Experts of the slice. [default: 64]")
+@click.option("--vocab", type=int, metavar="N", help="Its vocabulary. [default: 16384]")
 @click.option("--mtp", type=int, metavar="N", help="MTP layers [default: tiny all, others 0].")
 @click.option(
     "--sparse",
@@ -69,9 +66,12 @@ def synth(
     from refimpl.errors import InputError
 
     path = Path(out)
+    if preset != "slice" and (given := [n for n, size in sizes.items() if size is not None]):
+        raise InputError(f"--{given[0]} goes with --preset slice, not with {preset}")
     with progress_bar("writing") as move:
         if preset == "slice":
-            config = slice_config(sizes["experts"], sizes["vocab"], mtp or 0)
+            wanted = {**_SLICE, **{n: size for n, size in sizes.items() if size is not None}}
+            config = slice_config(wanted["experts"], wanted["vocab"], mtp or 0)
             write_random(config, path, file_type, seed, move, sparse)
         elif preset == "published":
             write_random(published_config(mtp or 0), path, file_type, seed, move, sparse)

@@ -44,6 +44,11 @@ def read_config_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent}: no {path.name} in this folder (it cannot be read); expected it beside "
+            "model*.safetensors, or the path of a .gguf file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError

@@ -109,6 +109,10 @@ MISTAKES = [
     (["convert", "model", "out.gguf", "--type", "q3"], "'q3' is not one of"),
     (["convert", "model", "no/such/out.gguf", "--type", "f32"], "no/such"),
     (["convert", "model", "folder", "--type", "q4_0"], "a folder of safetensors can hold"),
+    (["convert", "model", "out.gguf", "--type", "fp8"], "a GGUF file can hold f32, f16, bf16"),
+    (["inspect", "."], ".: no config.json in this folder"),
+    (["synth", "a.gguf", "--experts", "5"], "--experts goes with --preset slice, not with tiny_a"),
+    (["synth", "a.gguf", "--preset", "slice", "--experts", "5"], "5 experts asked for"),
 ]
 
 

@@ -305,3 +305,13 @@ def test_synth_and_convert_write_fp8_folders(tmp_path: Path, made: Made) -> None
     refused = CliRunner().invoke(main, ["synth", str(tmp_path / "x.gguf"), "--type", "fp8"])
     assert refused.exit_code == 2
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_folder_is_converted_to_fp8(made, tmp_path):
+    """The routed experts become FP8 with scales, the rest BF16, as `synth` writes them."""
+    done = CliRunner().invoke(
+        main, ["convert", str(made("micro", "hf-f32")), str(tmp_path / "m"), "--type", "fp8"]
+    )
+    assert done.exit_code == 0, done.stderr
+    kinds = {t.spec.role: t.kind.name for t in open_checkpoint(tmp_path / "m").tensors}
+    assert kinds["routed"] == "F8_E4M3" and kinds["attention"] == kinds["head"] == "BF16"
