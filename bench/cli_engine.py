@@ -139,6 +139,55 @@ def _llama(program: str | None, no_amx: str | None) -> dict[str, Runner]:
 
 
 @engine.command()
+@click.option("--model", default="checkpoints/slices/residency.gguf", show_default=True,
+              metavar="PATH", help="The slice; written there if it is missing.")  # fmt: skip
+@click.option("--experts", type=click.IntRange(min=32), default=192, show_default=True, metavar="N",
+              help="Experts of a slice that is written.")  # fmt: skip
+@click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=5.0,
+              show_default=True, metavar="GB", help="Memory that a process may use.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
+              help="Rounds; they are added to those that are there.")  # fmt: skip
+@click.option("--only", multiple=True, metavar="WAY", help="Only this way; several times for more.")
+@_data
+@click.option("--llama-bench", metavar="PATH", help="llama-bench [default: on the PATH].")
+@click.option("--json", "as_json", is_flag=True, help="Print the new samples as JSON.")
+def residency(
+    model: str, experts: int, limit: float, rounds: int, only: tuple[str, ...], data: str,
+    llama_bench: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Decode a model that is larger than the memory it may use (Linux; makes control groups).
+
+    Ways: 'experts on demand' (the engine's), 'page faults', 'willneed', 'page faults, no
+    readahead', 'llama.cpp mmap'.
+
+    \b
+    Examples:
+      bench engine residency --limit 5 --rounds 3
+      bench engine residency --only 'experts on demand' --only 'page faults'
+    """
+    from dataclasses import asdict
+
+    from bench.residency import DEFAULT_ARMS, LLAMA_ARM, add_rounds, make_model
+    from bench.residency_report import FILE
+    from bench.runners.llamacpp import find_llama_bench
+    from hwmodel.cli_support import print_json
+
+    path = Path(model)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_model(path, experts)
+        note(f"wrote {path}")
+    llama = find_llama_bench(llama_bench)
+    arms = list(only or DEFAULT_ARMS)
+    if llama is None and not only:
+        note("note: no llama-bench on the PATH; llama.cpp is left out")
+        arms.remove(LLAMA_ARM)
+    made = add_rounds(path, round(limit * 1e9), arms, rounds, llama, Path(data) / FILE, note)
+    if as_json:
+        print_json([asdict(s) for s in made])
+
+
+@engine.command()
 @_data
 @click.option("--out", default="reports/cpu_engine.md", show_default=True, metavar="FILE",
               help="The report; its plots go beside the raw samples.")  # fmt: skip

@@ -40,6 +40,8 @@ def write_report(data: Path, out: Path) -> tuple[list[dict[str, str]], list[Path
         OSError: a file cannot be written.
     """
     from bench.engine_plots import figures_of
+    from bench.residency import read_samples
+    from bench.residency_report import FILE, section
     from hwmodel.files import write_whole
     from hwmodel.plots import save
 
@@ -57,6 +59,8 @@ def write_report(data: Path, out: Path) -> tuple[list[dict[str, str]], list[Path
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = [p for p in written if p.suffix == ".png"]
     text = report_text(figures, os.path.relpath(data, out.parent), [p.stem for p in pictures])
+    for paragraph in section(read_samples(data / FILE)):
+        text += f"\n{paragraph}\n"
     write_whole(out, text.encode())
     return [row_json(row) for row in rows_of(figures)], [*written, samples, out]
 

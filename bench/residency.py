@@ -27,6 +27,7 @@ from hwmodel.errors import RequestError
 ENGINE_ARMS = ("experts on demand", "page faults", "page faults, no readahead", "willneed")
 """Ways of the engine; the last two are what was tried and not taken."""
 LLAMA_ARM = "llama.cpp mmap"
+DEFAULT_ARMS = ("experts on demand", "page faults", LLAMA_ARM, "willneed")
 FORMAT = 1
 _MOUNT = Path("/sys/fs/cgroup")
 _PROBE_BYTES = 512 << 20
@@ -101,7 +102,7 @@ def measure(
     llama_bench: Path | None,
     keep: Callable[[Sample], None],
     first_round: int = 0,
-    tokens: tuple[int, int] = (48, 32),
+    tokens: tuple[int, int] = (48, 24),
     note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run rounds, each arm once in each, one after the other; `keep` gets each as it ends.
@@ -127,6 +128,26 @@ def measure(
             sample = _measured(model, limit_bytes, arm, llama_bench, number, tokens, slices)
             keep(sample)
             note(_line(sample))
+
+
+def add_rounds(
+    model: Path, limit_bytes: int, arms: Sequence[str], rounds: int, llama_bench: Path | None,
+    data: Path, note: Callable[[str], None],
+) -> list[Sample]:  # fmt: skip
+    """Measure rounds and add their samples to a file as each ends; returns the new ones.
+
+    Raises:
+        RunnerError, RequestError: see `measure`.
+    """
+    known = read_samples(data)
+    first, made = max((s.round for s in known), default=-1) + 1, []
+
+    def keep(sample: Sample) -> None:
+        made.append(sample)
+        write_samples(data, [*known, *made])
+
+    measure(model, limit_bytes, arms, rounds, llama_bench, keep, first, note=note)
+    return made
 
 
 def _measured(model: Path, limit: int, arm: str, llama: Path | None, number: int,
