@@ -326,6 +326,8 @@ def _served(
     errors = list(dict.fromkeys(e for r in records for e in r["errors"]))
     if whole < asked:
         remarks.append(f"incomplete: {asked - whole} of {asked} requests ({'; '.join(errors[:3])})")
+    if short := sum(r["short_answers"] for r in records):
+        remarks.append(f"{short} answers of fewer than two tokens left out")
     remarks.append(f"tokens counted by {record['tokens_counted_by']}")
     for key in ("tpot_s", "itl_median_s", "itl_p99_s", "aggregate_tok_s", "acceptance",
                 "reasoning_tokens"):  # fmt: skip

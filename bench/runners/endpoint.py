@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import re
 import threading
@@ -20,6 +21,9 @@ Keep = Callable[[dict[str, Any]], None]
 _COUNTERS = re.compile(
     r"^vllm:spec_decode_num_(draft|accepted)_tokens(?:_total)?(?:\{[^}]*\})?\s+([\d.eE+]+)", re.M
 )
+# Numbers of prompts: no two alike in a process, nor in two that follow each other, since a server
+# may have kept what it computed for an earlier one.
+_NUMBERS = itertools.count(int(time.time()) % 1_000_000)
 _ENGINES = (("vllm", "vLLM"), ("sglang", "SGLang"), ("llamacpp", "llama.cpp"))
 
 
@@ -43,7 +47,6 @@ class EndpointRunner:
         self._client, self._given, self._keep = client, model, keep
         self._concurrency, self._requests = concurrency, max(requests, concurrency)
         self._per_token = 0.0
-        self._sent = 0
 
     @property
     def name(self) -> str:
@@ -101,8 +104,9 @@ class EndpointRunner:
         before, began = self._drafts(), time.perf_counter()
         answers = self._all(test)
         seconds = time.perf_counter() - began
-        whole = [a for a in answers if not a.error and a.tpot_s is not None]
-        used = whole or [a for a in answers if a.tpot_s is not None]
+        whole = [a for a in answers if not a.error]
+        used = [a for a in whole if a.tpot_s is not None]
+        used = used or [a for a in answers if a.tpot_s is not None]
         if not used:
             why = next((a.error for a in answers if a.error), "answers of less than two tokens")
             raise RunnerError(f"{self._client.where}: {why}")
@@ -133,8 +137,7 @@ class EndpointRunner:
             self._per_token = min(12.0, max(0.5, characters / answer.prompt_tokens))
 
     def _ask(self, test: RunnerTest, characters: int, tokens: int, kind: str) -> Answer:
-        self._sent += 1
-        number = self._sent
+        number = next(_NUMBERS)
         answer = self._client.ask({
             "model": self.model, "stream": True, "stream_options": {"include_usage": True},
             "temperature": 0, "max_tokens": tokens,
@@ -181,9 +184,10 @@ class EndpointRunner:
         meta = self._listed.get("meta") or {}
         known = {"model_n_params": meta.get("n_params"), "model_size": meta.get("size")}
         path = str(self._props.get("model_path") or "")
+        local = self.model.startswith(("/", ".")) or "\\" in self.model
         return {
-            "model": self.model,
-            "model_filename": path.split("/")[-1],
+            "model": _last_part(self.model) if local else self.model,
+            "model_filename": _last_part(path),
             **{k: v for k, v in known.items() if isinstance(v, int | float) and v > 0},
         }
 
@@ -195,7 +199,7 @@ class EndpointRunner:
         errors = [a.error for a in answers if a.error]
         reasoning = [a.reasoning_tokens for a in used if a.reasoning_tokens is not None]
         counted = all(a.completion_tokens == a.tokens for a in used)
-        prefill = [a.server["prompt_per_second"] for a in used if "prompt_per_second" in a.server]
+        prefill = [a.server["prompt_per_second"] for a in used if _prefilled_all(a)]
         return {
             "concurrency": self._concurrency,
             "requests": len(answers),
@@ -211,7 +215,8 @@ class EndpointRunner:
             "itl_median_s": median(gaps),
             "itl_p99_s": gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))],
             "aggregate_tok_s": sum(a.tokens for a in used) / seconds,
-            "server_prefill_tok_s": median(prefill) if prefill else None,
+            "server_prefill_tok_s": median(prefill) if prefill and self._concurrency == 1 else None,
+            "short_answers": sum(not a.error and a.tpot_s is None for a in answers),
         }
 
     def _drafts(self) -> dict[str, float]:
@@ -237,6 +242,18 @@ class EndpointRunner:
         if drafted <= 0:
             return {"drafted": None, "accepted": None, "acceptance": None}
         return {"drafted": drafted, "accepted": accepted, "acceptance": accepted / drafted}
+
+
+def _prefilled_all(answer: Answer) -> bool:
+    """Whether the server computed the prompt rather than remembered it."""
+    told = answer.server.get("prompt_n", 0.0), answer.prompt_tokens
+    return (
+        "prompt_per_second" in answer.server and bool(told[1]) and told[0] >= 0.9 * (told[1] or 0)
+    )
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path)[-1]
 
 
 def _tpot(answer: Answer) -> float:

@@ -146,12 +146,12 @@ class Client:
         """
         try:
             found = json.loads(self.get(path))
-        except (ValueError, RecursionError):
-            return {}
         except RunnerError as error:
             if " gives HTTP " in str(error):
                 return {}
             raise
+        except (ValueError, RecursionError):
+            return {}
         return found if isinstance(found, dict) else {}
 
     def ask(self, body: Mapping[str, Any]) -> Answer:
@@ -228,7 +228,7 @@ def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: floa
             return
         data = line[5:].strip()
         if data == b"[DONE]":
-            if not answer.arrivals:
+            if not answer.arrivals and not answer.finish_reason:
                 answer.error = "an answer without text"
             return
         if not _take(data, answer, now):

@@ -1,0 +1,310 @@
+"""The streaming client against servers of known speed, and servers that misbehave."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.runners.base import RunnerError, RunnerTest
+from bench.runners.endpoint import EndpointRunner
+from bench.runners.stream import Client
+from bench.runners.texts import prompt
+
+FIRST_S, EACH_S = 0.06, 0.01
+LAG_S = 0.04  # of a loaded machine between sending and receiving
+TEST = RunnerTest(Path(""), n_prompt=100, n_gen=12)
+
+
+class Server:
+    """An endpoint that sends the first token after `first_s` and one every `each_s` from then on.
+
+    It notes when it sent them, so that tests hold on a busy machine too.
+
+    `script` may take the place of the stream: it writes to the handler itself.
+    """
+
+    def __init__(self) -> None:
+        self.first_s, self.each_s = FIRST_S, EACH_S
+        self.reasoning = 0
+        self.usage: dict[str, Any] | None = {}
+        self.timings: dict[str, Any] = {}
+        self.script: Callable[[Any], None] | None = None
+        self.pages: dict[str, str] = {"/v1/models": '{"data": [{"id": "tiny", "owned_by": "me"}]}'}
+        self.bodies: list[dict[str, Any]] = []
+        self.most = self.now = 0
+        self.first = self.span = 0.0  # of the last answer, as they were really sent
+        self.lock = threading.Lock()
+
+    def answer(self, handler: Any, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.bodies.append(body)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            scripted = self.script is not None and body["max_tokens"] > 2
+            if not (scripted and self.script is http_error):
+                handler.send_response(200)
+                handler.end_headers()
+            if scripted and self.script is not None:
+                self.script(handler)
+                return
+            self.tokens(handler, body["max_tokens"])
+            self.finish(handler, body)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+    def tokens(self, handler: Any, count: int) -> None:
+        began = time.perf_counter()
+        due = began + self.first_s
+        sent = []
+        for i in range(count):
+            time.sleep(max(0.0, due - time.perf_counter()))
+            sent.append(time.perf_counter() - began)
+            name = "reasoning_content" if i < self.reasoning else "content"
+            handler.event({"choices": [{"delta": {name: "x"}}]})
+            due += self.each_s
+        self.first, self.span = sent[0], sent[-1] - sent[0]
+
+    def finish(self, handler: Any, body: dict[str, Any]) -> None:
+        count, asked = body["max_tokens"], len(body["messages"][0]["content"])
+        handler.event({"choices": [{"delta": {}, "finish_reason": "length"}],
+                       "timings": self.timings})  # fmt: skip
+        if self.usage is not None:
+            usage = {"prompt_tokens": asked // 4, "completion_tokens": count, **self.usage}
+            handler.event({"choices": [], "usage": usage})
+        handler.raw(b"data: [DONE]\n\n")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = made.pages.get(self.path)
+            self.send_response(200 if page else 404)
+            self.end_headers()
+            self.wfile.write((page or "{}").encode())
+
+        def do_POST(self) -> None:
+            size = int(self.headers["Content-Length"])
+            body = json.loads(self.rfile.read(size))
+            with contextlib.suppress(OSError):  # the client went away
+                made.answer(self, body)
+
+        def raw(self, data: bytes) -> None:
+            self.wfile.write(data)
+            self.wfile.flush()
+
+        def event(self, value: dict[str, Any]) -> None:
+            self.raw(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.daemon_threads = True
+    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
+    made.url = f"http://127.0.0.1:{web.server_port}"  # type: ignore[attr-defined]
+    yield made
+    web.shutdown()
+    web.server_close()
+
+
+def runner(server: Server, timeout: float = 5.0, **more: Any) -> EndpointRunner:
+    return EndpointRunner(Client(server.url, timeout_s=timeout), **more)  # type: ignore[attr-defined]
+
+
+def test_times_are_those_of_the_server(server: Server) -> None:
+    found = runner(server, requests=1).measure(TEST)
+    record = found.record
+    assert record["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
+    assert 11 * record["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
+    assert found.samples_ts == (pytest.approx(1 / record["tpot_s"]),)
+    assert record["itl_median_s"] == pytest.approx(EACH_S, rel=0.8)
+    assert (record["complete"], record["n_gen"], record["errors"]) == (1, 12, [])
+    assert record["tokens_counted_by"] == "server"
+
+
+def test_a_slow_first_token_is_no_part_of_the_time_per_token(server: Server) -> None:
+    server.first_s = 0.4
+    found = runner(server, requests=1).measure(TEST)
+    assert found.record["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
+    assert 11 * found.record["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
+    assert found.samples_ns[0] == pytest.approx(1e9 * (server.first + server.span), abs=1e9 * LAG_S)
+
+
+def test_tokens_that_come_several_at_a_time_are_counted_by_the_server(server: Server) -> None:
+    server.usage = {"completion_tokens": 34}  # three in most of the 12 pieces, as with drafts
+    found = runner(server, requests=1).measure(TEST).record
+    assert found["n_gen"] == 34
+    assert 33 * found["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
+    assert found["itl_median_s"] == pytest.approx(EACH_S, rel=0.8)
+
+
+@pytest.mark.parametrize("usage", [None, {"completion_tokens": -4}, {"completion_tokens": 10**9}])
+def test_without_a_count_that_can_be_pieces_are_counted(
+    server: Server, usage: dict[str, Any] | None
+) -> None:
+    server.usage = usage
+    found = runner(server, requests=1).measure(TEST).record
+    assert (found["n_gen"], found["tokens_counted_by"]) == (12, "pieces")
+
+
+def test_reasoning_is_counted_and_is_the_first_token(server: Server) -> None:
+    server.reasoning = 5
+    server.usage = {"completion_tokens_details": {"reasoning_tokens": 5}}
+    found = runner(server, requests=2).measure(TEST).record
+    assert (found["reasoning_tokens"], found["reasoning_pieces"]) == (10, 10)
+    assert found["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
+    assert found["n_gen"] == 12
+
+
+def test_acceptance_as_llama_server_reports_it(server: Server) -> None:
+    server.timings = {"draft_n": 10, "draft_n_accepted": 7}
+    found = runner(server, requests=2).measure(TEST).record
+    assert (found["drafted"], found["accepted"], found["acceptance"]) == (20, 14, 0.7)
+
+
+def test_acceptance_as_vllm_counts_it(server: Server) -> None:
+    server.pages["/v1/models"] = '{"data": [{"id": "tiny", "owned_by": "vllm"}]}'
+
+    def counters(drafts: int, accepted: int) -> str:
+        name = 'vllm:spec_decode_num_%s_tokens_total{engine="0"} %d\n'
+        return name % ("draft", drafts) + name % ("accepted", accepted)
+
+    server.pages["/metrics"] = counters(100, 50)
+    asked = runner(server, requests=1, keep=lambda r: server.pages.update(
+        {"/metrics": counters(140, 80)} if r["kind"] == "measured" else {}))  # fmt: skip
+    measured = asked.measure(TEST)
+    assert measured.engine == "vLLM"
+    assert (measured.record["drafted"], measured.record["accepted"]) == (40, 30)
+
+
+def test_so_many_requests_run_at_the_same_time(server: Server) -> None:
+    found = runner(server, concurrency=4, requests=8).measure(TEST).record
+    assert server.most == 4
+    assert (found["requests"], found["complete"]) == (8, 8)
+    most = 4 * 12 / (FIRST_S + 11 * EACH_S)
+    assert most / 3 < found["aggregate_tok_s"] <= most
+
+
+def test_prompts_are_real_text_none_twice_and_about_as_long_as_asked(server: Server) -> None:
+    runner(server, requests=3).measure(TEST)
+    texts = [b["messages"][0]["content"] for b in server.bodies]
+    assert len({t[:60] for t in texts}) == len(texts) == 4  # the warm-up included
+    assert all(len(t) // 4 == pytest.approx(100, rel=0.1) for t in texts[1:])
+    assert "def " in prompt(1, 4000) and len(prompt(3, 500_000)) == pytest.approx(500_000, rel=0.01)
+    options = {k: v for k, v in server.bodies[-1].items() if k != "messages"}
+    assert options == {"model": "tiny", "stream": True, "stream_options": {"include_usage": True},
+                       "temperature": 0, "max_tokens": 12}  # fmt: skip
+
+
+def drops(handler: Any) -> None:
+    for _ in range(4):
+        handler.event({"choices": [{"delta": {"content": "x"}}]})
+        time.sleep(EACH_S)
+
+
+def test_partial_answers_are_kept_and_marked(server: Server) -> None:
+    server.script, kept = drops, []
+    found = runner(server, requests=2, keep=kept.append).measure(TEST).record
+    assert (found["complete"], found["n_gen"]) == (0, 4)
+    assert found["errors"] == ["the answer stopped midway, after 4 pieces"] * 2
+    measured = [r for r in kept if r["kind"] == "measured"]
+    assert [len(r["arrivals"]) for r in measured] == [4, 4]
+    assert all(r["error"] for r in measured)
+
+
+def test_one_broken_answer_does_not_spoil_the_others(server: Server) -> None:
+    turns = iter([False, True, False])
+
+    def sometimes(handler: Any) -> None:
+        if next(turns):
+            drops(handler)
+        else:
+            body = server.bodies[-1]
+            server.tokens(handler, 12)
+            server.finish(handler, body)
+
+    server.script = sometimes
+    found = runner(server, requests=3).measure(TEST).record
+    assert (found["complete"], found["requests"], found["n_gen"]) == (2, 3, 12)
+    assert len(found["errors"]) == 1
+
+
+def http_error(handler: Any) -> None:
+    handler.send_response(503)
+    handler.end_headers()
+    handler.raw(b'{"error": {"message": "loading\\n the model"}}')
+
+
+def nonsense(handler: Any) -> None:
+    handler.raw(b"<html>hello</html>\n")
+
+
+def no_json(handler: Any) -> None:
+    handler.raw(b"data: {{{\n\n")
+
+
+def a_list(handler: Any) -> None:
+    handler.raw(b"data: [1, 2]\n\n")
+
+
+def says_error(handler: Any) -> None:
+    handler.event({"error": {"message": "out of memory"}})
+
+
+def silent(handler: Any) -> None:
+    time.sleep(0.6)
+
+
+def empty(handler: Any) -> None:
+    handler.raw(b"data: [DONE]\n\n")
+
+
+def no_http(handler: Any) -> None:
+    handler.event({"choices": [{"delta": "text"}]})
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (http_error, "HTTP 503: loading the model"),
+        (nonsense, "no stream of events: '<html>hello"),
+        (no_json, r"no event of a completion: '\{\{\{'"),
+        (a_list, r"no event of a completion: '\[1, 2\]'"),
+        (says_error, "the server says: .*out of memory"),
+        (silent, r"no answer within 0\.3 s"),
+        (empty, "an answer without text"),
+        (no_http, "no event of a completion"),
+    ],
+)
+def test_a_server_that_misbehaves_gives_one_sentence(
+    server: Server, script: Callable[[Any], None], message: str
+) -> None:
+    asked = runner(server, timeout=0.3, requests=1)
+    _ = asked.model
+    server.script = script
+    server.first_s = 0.0
+    with pytest.raises(RunnerError, match=message) as caught:
+        asked.measure(TEST)
+    assert "\n" not in str(caught.value)
+
+
+def test_endpoints_that_are_not_there(server: Server) -> None:
+    with pytest.raises(RunnerError, match="cannot be reached"):
+        EndpointRunner(Client("http://127.0.0.1:9", timeout_s=1)).measure(TEST)
+    for url in ("ftp://x", "http://", "http://a b", "http://x:99999"):
+        with pytest.raises(RunnerError, match="no endpoint, expected such as"):
+            Client(url)
+    server.pages = {}
+    with pytest.raises(RunnerError, match="lists no model at /v1/models"):
+        runner(server).measure(TEST)
