@@ -127,10 +127,10 @@ def measure(
 
     if not probe and not (Path(data) / PREDICTIONS).is_file():
         raise RequestError(f"{data} holds no predictions yet; write them first: bench loop predict")
+    found = _cases(models, threads, only, probe)
     runners = {} if no_llama else {"default": _llama(llama_bench, None)["default"]}
     for name in make(Path(models), _names(only)):
         note(f"wrote {Path(models) / name}")
-    found = _cases(models, threads, only, probe)
     measure_cases(
         found, Path(), Path(data), threads or default_threads(), rounds, runners, note
     )  # fmt: skip

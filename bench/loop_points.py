@@ -75,8 +75,11 @@ class Point:
 
     @property
     def anchor(self) -> str:
-        """The probe point of the same engine and kind of model that busy rounds are judged by."""
-        return Point(self.engine, EMBEDDED if self.is_embedded else "q4_0").id
+        """The probe point of the same engine, kind of model and quantity that busy rounds are
+        judged by."""
+        return Point(
+            self.engine, EMBEDDED if self.is_embedded else "q4_0", prompt=128 if self.prompt else 0
+        ).id
 
 
 def model_file(model: str, folder: Path) -> Path:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 PROBE, PREDICTIONS, COMPARISON = "probe.json", "predictions.json", "comparison.json"
 RULE = (
-    "Measured is the median tokens/s of a point over its quiet rounds (both memory probes beside "
-    "it agree within 10 % and reach 90 % of the best one seen on the host). A point without a "
-    "quiet round counts as a ratio: over its engine's anchor of the same round, times what the "
-    "anchor's quiet rounds give; without an anchor there, as the median of what was measured. "
-    "Every point listed here is judged; none is dropped."
+    "Measured is the median tokens/s of a point over its quiet rounds (the memory probes beside "
+    "it agree within 10 % and reach 90 % of the best one seen on the host), where its engine's "
+    "anchor was quiet in the probe as well. Otherwise it counts as a ratio: over the anchor of "
+    "the same round, times what the anchor gave in the probe, for that is what the predictions "
+    "start from. Every point that the predictions list is judged; none is dropped."
 )
 _CACHE_BYTES = 8 << 20
 _CACHE_REPETITIONS = 400
@@ -36,38 +36,38 @@ _CACHE_REPETITIONS = 400
 
 @dataclass(frozen=True)
 class Measured:
-    """A point's speed in tokens/s: `basis` is quiet, anchored or busy; `rounds` behind it."""
+    """A point's speed in tokens/s: `basis` is quiet, steady, unsteady or anchored; `rounds` behind
+    it."""
 
     tok_s: float
     basis: str
     rounds: int
 
 
-def measured(rounds: Sequence[Round], wanted: Sequence[Point]) -> dict[str, Measured]:
-    """Speeds of points by id, under `RULE`; points that no round has are left out."""
+def measured(
+    rounds: Sequence[Round], wanted: Sequence[Point], at_probe: Mapping[str, Measured] | None = None
+) -> dict[str, Measured]:
+    """Speeds of points by id; those that no round has are left out.
+
+    Args:
+        at_probe: what the anchors gave in the probe, for `RULE`; without it the figures are those
+            of the rounds, quiet where there are quiet ones.
+    """
     best = best_probe(rounds)
     found: dict[str, Measured] = {}
     for p in wanted:
         own, kind = usable(rounds, best, p.id)
         if not own:
             continue
-        value, basis = median(r.arms[p.id].median_ts for r in own), kind
-        if kind != "quiet":
-            beside, _ = usable(rounds, best, p.id, p.anchor)
-            alone, calm = usable(rounds, best, p.anchor)
-            if p.id != p.anchor and beside and calm == "quiet":
-                ratio = median(r.arms[p.id].median_ts / r.arms[p.anchor].median_ts for r in beside)
-                value = ratio * median(r.arms[p.anchor].median_ts for r in alone)
-                own, basis = beside, "anchored"
-            else:
-                basis = "busy"
-        found[p.id] = Measured(value, basis, len(own))
+        anchor = (at_probe or {}).get(p.anchor)
+        beside, _ = usable(rounds, best, p.id, p.anchor)
+        if anchor and beside and not (kind == anchor.basis == "quiet"):
+            ratio = median(r.arms[p.id].median_ts / r.arms[p.anchor].median_ts for r in beside)
+            found[p.id] = Measured(ratio * anchor.tok_s, "anchored", len(beside))
+        else:
+            value = median(r.arms[p.id].median_ts for r in own)
+            found[p.id] = Measured(value, kind, len(own))
     return found
-
-
-def speeds(rounds: Sequence[Round], wanted: Sequence[Point]) -> dict[str, float]:
-    """`measured` as plain tokens/s."""
-    return {k: m.tok_s for k, m in measured(rounds, wanted).items()}
 
 
 def cache_bandwidth(threads: int) -> float:
@@ -140,7 +140,7 @@ def write_predictions(folder: Path, models: Path, rounds: Sequence[Round]) -> di
     host, probe = host_of(folder, models)
     every = points()
     seen = [p for p in every if p.probe]
-    at_probe = measured(rounds, seen)
+    at_probe = measured([r for r in rounds if r.case.startswith("probe ")], seen)
     missing = [p.id for p in seen if p.id not in at_probe]
     if missing:
         raise RunFileError(
@@ -164,7 +164,7 @@ def write_predictions(folder: Path, models: Path, rounds: Sequence[Round]) -> di
         "spreads": {"wide": WIDE, "residual": RESIDUAL},
         "probe_points": [p.id for p in seen],
         "outside_the_probe": [p.id for p in every if not p.probe],
-        "probe_basis": {k: f"{m.basis}, {m.rounds} rounds" for k, m in at_probe.items()},
+        "probe_basis": {k: [m.basis, m.rounds] for k, m in at_probe.items()},
         "points": predictions(host, fits, every, tok_s),
         "moves": {
             engine: {
@@ -190,15 +190,21 @@ def compare_loop(folder: Path, rounds: Sequence[Round]) -> dict[str, Any]:
     try:
         listed = [dict(r) for r in made["points"]]
         known = [every[str(r["id"])] for r in listed if str(r["id"]) in every]
+        seen = {
+            str(r["id"]): Measured(float(r["probe_measured"]), *made["probe_basis"][r["id"]])
+            for r in listed
+            if r["probe"]
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise RunFileError(
             f"{folder / PREDICTIONS}: not written by bench loop predict ({error!r})"
         ) from None
-    found = measured(rounds, known)
+    outside = [p for p in known if not p.probe]
+    found = {**measured(rounds, outside, seen), **seen}
     rows = []
     for r in listed:
         m = found.get(str(r["id"]))
-        tok_s = r["probe_measured"] if r["probe"] else m.tok_s if m else None
+        tok_s = m.tok_s if m else None
         rows.append({
             **{k: r[k] for k in ("id", "probe", "engine", "model", "quantity", "prompt", "depth",
                                  "drafts", "predicted", "low", "high")},
@@ -212,7 +218,7 @@ def compare_loop(folder: Path, rounds: Sequence[Round]) -> dict[str, Any]:
     return {
         "predictions_made": made["made"], "predictions_commit": made["commit"],
         "host": made["host"], "rule": made["rule"],
-        "first_measured": _first(rounds, [p for p in known if not p.probe]),
+        "first_measured": _first(rounds, outside),
         "errors": {e: loop_errors(rows, e) for e in ENGINES}, "rows": rows,
     }  # fmt: skip
 
