@@ -63,4 +63,4 @@ def frontier(
     if plot is not None:
         from hwmodel.pictures import draw_frontier
 
-        draw_frontier(shown, plot)
+        draw_frontier(shown if rack is None else shown.points, plot)

@@ -18,24 +18,34 @@ import click
 @click.option(
     "--links",
     type=click.Choice(["domain", "network"]),
-    default="domain",
+    default="network",
     show_default=True,
-    help="Whether the exchange between machines is hidden or goes over their network.",
+    help="How machines exchange: over their network, or as inside one (hidden).",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["split", "machine", "card"]),
+    default="machine",
+    show_default=True,
+    help="What a sequence's attention is spread over, on more than 8 cards.",
 )
 @click.option("--device", metavar="NAME|FILE", help="The card. [default: h100]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def rivals(sliding: str, links: str, device: str | None, as_json: bool) -> None:
+def rivals(sliding: str, links: str, attention: str, device: str | None, as_json: bool) -> None:
     """The vendor's relative decoding cost at 128K on Hopper, recomputed under stated assumptions.
 
+    Cost is device time per token, at the largest batch that keeps the stated speed.
+
     \b
-    Example:
-      hwmodel rivals --sliding full
+    Examples:
+      hwmodel rivals
+      hwmodel rivals --attention card --sliding full
     """
     from hwmodel.cli_support import print_json, table
     from hwmodel.plan_view import figure
     from hwmodel.rivals import compare_rivals
 
-    found = compare_rivals(sliding, links, device)
+    found = compare_rivals(sliding, links, device, attention)
     if as_json:
         print_json(_json(found))
         return

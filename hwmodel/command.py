@@ -19,6 +19,7 @@ from hwmodel.run import Placement
 _KV_SPELLING = {"vllm": {"fp8": "fp8"}, "sglang": {"fp8": "fp8_e5m2"}}
 MTP_FILE = "Step-3.5-Flash-MTP-Q8_0.gguf"
 SINGLE = Placement()
+_LIMIT_PER_GROUP = ("vllm",)  # vLLM limits the sequences of each data-parallel rank, SGLang all
 _Add = Callable[..., None]
 
 
@@ -70,11 +71,11 @@ def build_command(launch: Launch) -> str:
     engine = launch.engine
     words = [engine.flags.get("program", engine.name)]
 
-    def add(flag: str, value: object = "") -> None:
+    def add(flag: str, value: object = "", **more: object) -> None:
         spelling = engine.flags.get(flag)
         if spelling:
             following = value + 1 if isinstance(value, int) else ""
-            words.append(spelling.format(value=value, next=following))
+            words.append(spelling.format(value=value, next=following, **more))
 
     add("model", shlex.quote(weights_name(engine, launch.quant, launch.file, launch.model)))
     # llama.cpp divides its context among the sequences, the servers give it to each
@@ -85,7 +86,8 @@ def build_command(launch: Launch) -> str:
     if launch.kv_type != engine.kv_types[0]:
         spelled = _KV_SPELLING.get(engine.name, {}).get(launch.kv_type, launch.kv_type)
         add("kv_type", spelled)
-    add("sequences", launch.sequences)
+    groups = launch.placement.attention_groups if engine.name in _LIMIT_PER_GROUP else 1
+    add("sequences", -(-launch.sequences // groups))
     if launch.micro_batch and launch.micro_batch != engine.micro_batch:
         add("batch", max(2048, launch.micro_batch))
         add("micro_batch", launch.micro_batch)
@@ -123,6 +125,8 @@ def _add_split(launch: Launch, add: _Add) -> None:
             add("layer_shares", ",".join(map(str, launch.layer_shares)))
         if launch.hosts > 1:
             add("remote", ",".join(f"host{i}:50052" for i in range(2, launch.hosts + 1)))
+    elif (groups := launch.placement.attention_groups) > 1:
+        add("expert_groups", groups, width=launch.count // groups, count=launch.count)
     elif split in ("tensor", "expert"):
         add(split, launch.count)
         if launch.hosts > 1:

@@ -20,13 +20,15 @@ from hwmodel.model import ModelShape
 from hwmodel.plan import command_of
 from hwmodel.predict import predict
 from hwmodel.request import PlanRequest, make_request
-from hwmodel.run import Estimate
+from hwmodel.run import Estimate, Placement
 from hwmodel.search import candidates, make_candidate, splits_of, why_illegal
 from hwmodel.serving import ServingPoint, at_batch, has_room, serve
 
 COUNTS = (1, 2, 4, 8)
 RACK_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+BATCHES = (
+    1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
+)  # fmt: skip
 T = TypeVar("T")
 SAME = 0.01  # differences below one percent are none
 
@@ -148,6 +150,18 @@ class RackPoint:
     drafts: int
 
     @property
+    def attention_groups(self) -> int:
+        """Data-parallel copies of everything but the routed experts, inside the group."""
+        return self.candidate.run.placement.attention_groups
+
+    @property
+    def exchange(self) -> float:
+        """Share of a step's time that the devices spend exchanging activations."""
+        terms = self.serving.decode.terms
+        spent = sum(t.seconds for t in terms if t.name == "links")
+        return spent / sum(t.seconds for t in terms)
+
+    @property
     def user_tok_s(self) -> float:
         """Tokens/s of each user."""
         return self.serving.tok_s
@@ -164,6 +178,24 @@ class RackPoint:
         return command_of(dataclasses.replace(self.candidate, run=run), self.drafts)
 
 
+@dataclass(frozen=True)
+class Rack:
+    """What a rack can do.
+
+    Attributes:
+        devices: of the whole rack; `devices // count` equal groups run side by side.
+        points: the frontier, fastest user first.
+        cheapest: for each legal kind of group (devices, attention groups), the batch with the
+            most tokens per dollar, on the frontier or not.
+        refused: for each number of devices that no split can use, why.
+    """
+
+    devices: int
+    points: tuple[RackPoint, ...]
+    cheapest: tuple[RackPoint, ...]
+    refused: tuple[tuple[int, str], ...]
+
+
 def rack(
     device: str,
     model: ModelShape,
@@ -173,8 +205,8 @@ def rack(
     most: int = 64,
     drafts: int | None = None,
     rent: float | None = None,
-) -> list[RackPoint]:
-    """The frontier of speed per user and tokens per dollar, fastest user first.
+) -> Rack:
+    """The frontier of speed per user and tokens per dollar.
 
     Args:
         most: devices of the rack; groups of 1, 2, 4, ... of them are tried.
@@ -187,25 +219,71 @@ def rack(
     if not 1 <= most <= RACK_COUNTS[-1]:
         raise RequestError(f"--most is {most}, expected 1 to {RACK_COUNTS[-1]}")
     request = make_request(device, model, context=context, engine=engine, quant=quant)
-    points = [
-        p
-        for count in RACK_COUNTS
-        if count <= most and (count == 1 or request.device.link_bytes_per_s)
-        for p in _group_points(request, count, drafts, rent)
-    ]
+    points: list[RackPoint] = []
+    refused: list[tuple[int, str]] = []
+    for count in RACK_COUNTS:
+        if count <= most and (count == 1 or request.device.link_bytes_per_s):
+            found = list(_group_points(request, count, drafts, rent))
+            points += found
+            if not found:
+                refused.append((count, _why_none(request, count)))
     if not points:
         raise RequestError(f"nothing up to {most}x {request.device.name} holds {model.title}")
     kept = pareto(points, (lambda p: p.user_tok_s, lambda p: p.tokens_per_usd))
-    alike: dict[tuple[int, int], RackPoint] = {}
+    alike: dict[tuple[int, int, int], RackPoint] = {}
+    most_tokens = 0.0
     for p in sorted(kept, key=lambda p: -p.user_tok_s):
-        alike.setdefault((p.candidate.count, p.serving.batch), p)
-    return list(alike.values())
+        if p.tokens_per_usd > most_tokens:  # of points alike within one percent the faster stays
+            alike.setdefault((p.candidate.count, p.attention_groups, p.serving.batch), p)
+            most_tokens = p.tokens_per_usd
+    cheapest: dict[tuple[int, int], RackPoint] = {}
+    for p in sorted(points, key=lambda p: -p.tokens_per_usd):
+        cheapest.setdefault((p.candidate.count, p.attention_groups), p)
+    return Rack(
+        most, tuple(alike.values()), tuple(cheapest[k] for k in sorted(cheapest)), tuple(refused)
+    )
+
+
+def _why_none(request: PlanRequest, count: int) -> str:
+    """Why no engine can use a group of so many devices: illegal splits, else no room."""
+    found = []
+    for engine in request.engines:
+        for split in splits_of(engine, request.device, count):
+            for quant in (request.quant,) if request.quant else engine.published:
+                if request.can_load(engine, quant):
+                    for groups in _attention_groups(request, split, count):
+                        kind = request.kind(quant)
+                        why = why_illegal(request.model, kind, split, count, groups)
+                        found.append(why or f"{quant} does not fit")
+    return "; ".join(dict.fromkeys(found)) or "no engine can load the model so"
+
+
+def _attention_groups(request: PlanRequest, split: str, count: int) -> tuple[int, ...]:
+    """One group, and over several machines one for each of them."""
+    machines = -(-count // max(1, request.device.max_per_host))
+    many = split == "expert" and request.device.max_per_host > 1 and machines > 1
+    return (1, machines) if many and count % machines == 0 else (1,)
+
+
+def _rack_types(request: PlanRequest, count: int) -> Iterator[Candidate]:
+    """What `_all_types` gives, and expert parallel with data-parallel attention."""
+    yield from _all_types(request, count)
+    for engine in request.engines:
+        for groups in _attention_groups(request, "expert", count)[1:]:
+            if "expert_groups" not in engine.flags:
+                continue
+            for quant in (request.quant,) if request.quant else engine.published:
+                if request.can_load(engine, quant) and not why_illegal(
+                    request.model, request.kind(quant), "expert", count, groups
+                ):
+                    place = Placement(split="expert", attention_groups=groups)
+                    yield make_candidate(request, engine, "expert", count, quant, placement=place)
 
 
 def _group_points(
     request: PlanRequest, count: int, drafts: int | None, rent: float | None
 ) -> Iterator[RackPoint]:
-    for c in _all_types(request, count):
+    for c in _rack_types(request, count):
         if not c.holds:
             continue
         terms = terms_of(c, rent=None if rent is None else rent * count)
@@ -213,10 +291,12 @@ def _group_points(
         if price is None:
             name = request.device.name
             raise RequestError(f"no price is known for {name}; --rent USD adds it")
-        tried = {0, c.engine.max_drafts if drafts is None else min(drafts, c.engine.max_drafts)}
-        for n in sorted(tried if drafts is None else tried - {0} or {0}):
+        offered = c.engine.max_drafts
+        for n in sorted({0, offered} if drafts is None else {min(drafts, offered)}):
             run = c.at(depth=request.context, drafts=n)
             for batch in BATCHES:
+                if batch < c.run.placement.attention_groups:
+                    continue  # a group without a sequence would only wait
                 if not has_room(at_batch(run, batch)):
                     break
                 yield RackPoint(c, serve(run, batch), price, n)

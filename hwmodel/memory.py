@@ -126,6 +126,7 @@ def ledger(run: RunConfig, context: int) -> Ledger:
     total = sum(by_role.values())
     routed = by_role.get("routed", 0.0)
     place = run.placement
+    total += (total - routed) * (place.attention_groups - 1)
     disk = routed * place.ssd_share
     host = routed * place.host_expert_share + (total - routed) * place.host_layer_share
     host += (routed - routed * place.host_expert_share) * place.host_layer_share
@@ -137,7 +138,7 @@ def ledger(run: RunConfig, context: int) -> Ledger:
     n = max(1, run.device_count)
     extra = getattr(engine, "context_bytes", 0.0) * n
     drafts = min(work.drafts, run.model.mtp_layers)
-    mtp = mtp_bytes(run.model, run.quant, drafts)
+    mtp = mtp_bytes(run.model, run.quant, drafts) * place.attention_groups
     mtp += kv_bytes(_mtp_cache(run.model), context, work.kv_type, "window", 8) * drafts
     taken = getattr(engine, "memory_fraction", 1.0)  # vLLM and SGLang take a share of each device
     usable = sum(

@@ -94,7 +94,7 @@ def machine(run: RunConfig) -> Machine:
     if first.device_class == "cpu" and run.engine.engine.family == "llama.cpp":
         in_turn /= sockets(first)
     wide = summed if at_once else in_turn
-    kv_width = min(n, _kv_heads(run.model)) / n if at_once else 1.0
+    kv_width = min(n, _kv_heads(run.model) * p.attention_groups) / n if at_once else 1.0
     flop = {k: v * (n if at_once else 1) for k, v in first.flop_per_s.items()}
     link = p.host_link_bytes_per_s or first.host_link_bytes_per_s or DEFAULT_HOST_LINK_BYTES_PER_S
     host = p.host_bandwidth_bytes_per_s or DEFAULT_HOST_BYTES_PER_S

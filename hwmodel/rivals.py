@@ -22,6 +22,12 @@ from hwmodel.quantity import read_quantity
 from hwmodel.run import DeviceCount, EngineChoice, Placement, RunConfig, Workload
 from hwmodel.serving import ServingPoint, largest_batch, serve
 
+_ATTENTION = {
+    "split": "every sequence split over all cards",
+    "machine": "every sequence inside one machine",
+    "card": "every sequence on one card",
+}
+
 
 @dataclass(frozen=True)
 class Rival:
@@ -52,7 +58,10 @@ class Comparison:
 
 
 def compare_rivals(
-    sliding: str = "window", links: str = "network", device: str | None = None
+    sliding: str = "window",
+    links: str = "network",
+    device: str | None = None,
+    attention: str = "machine",
 ) -> Comparison:
     """Recompute the vendor's table.
 
@@ -61,6 +70,9 @@ def compare_rivals(
         links: how machines of more than eight cards talk: over their `network`, or as if all
             cards shared one NVLink `domain`, which stands for exchange hidden behind computing.
         device: the card; the table's own by default.
+        attention: of models on more than eight cards: every sequence `split` over all cards, or
+            whole inside one `machine`, or on one `card` (data-parallel attention; what is not a
+            routed expert is then held once per machine or card).
 
     Raises:
         UnknownNameError, RequestError: no such device, or one with no peer link.
@@ -73,7 +85,7 @@ def compare_rivals(
         raise RequestError(f"--device {card.name}: has no link to others, expected such as h100")
     engine = dataclasses.replace(load_engine(raw["engine"]), sliding_cache=sliding)
     rows = [
-        _rival(entry, raw, path, sources, card, engine, links == "network")
+        _rival(entry, raw, path, sources, card, engine, links == "network", attention)
         for entry in raw["rivals"]
     ]
     own = rows[0].found
@@ -85,6 +97,7 @@ def compare_rivals(
         + ("their window" if sliding == "window" else "the whole context"),
         "machines of more than eight cards exchange over "
         + ("their network" if links == "network" else "links as fast as inside one machine"),
+        "their attention: " + _ATTENTION[attention],
         "the largest batch that keeps the stated speed and fits; cost is device time per token",
         "drafts accepted as published for Step 3.5 Flash, for every model",
     )
@@ -93,7 +106,7 @@ def compare_rivals(
 
 def _rival(
     entry: dict[str, Any], raw: dict[str, Any], path: Path, sources: Any, card: Any, engine: Any,
-    network: bool,
+    network: bool, attention: str,
 ) -> Rival:  # fmt: skip
     stated = read_quantity(path, "tok_s", entry["tok_s"], sources).value
     run = RunConfig(
@@ -101,7 +114,7 @@ def _rival(
         quant=load_quant(entry["quant"]),
         devices=(DeviceCount(card, entry["devices"]),),
         engine=EngineChoice(engine, "cuda", engine.version, engine.date),
-        placement=_placement(card, entry["devices"] if network else 1),
+        placement=_placement(card, entry["devices"], network, attention),
         workload=Workload(depth=raw["depth"], kv_type=raw["kv_type"], drafts=entry["drafts"]),
     )
     return Rival(
@@ -115,12 +128,18 @@ def _rival(
     )
 
 
-def _placement(card: Any, count: int) -> Placement:
-    if 1 < card.max_per_host < count:
-        return Placement(
-            split="expert", link_kind="network", link_bytes_per_s=card.network_bytes_per_s
-        )
-    return Placement(split="expert")
+def _placement(card: Any, count: int, network: bool, attention: str) -> Placement:
+    machines = -(-count // max(1, card.max_per_host))
+    if machines == 1:
+        return Placement(split="expert")
+    place = Placement(
+        split="expert", attention_groups={"split": 1, "machine": machines, "card": count}[attention]
+    )
+    if not network:
+        return place
+    return dataclasses.replace(
+        place, link_kind="network", link_bytes_per_s=card.network_bytes_per_s
+    )
 
 
 def _relative(found: ServingPoint | None, own: ServingPoint) -> float | None:

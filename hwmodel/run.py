@@ -101,7 +101,9 @@ class Workload:
 class Placement:
     """Where the weights live.
 
-    `split` says how several devices share the model; `link_kind` (`nvlink`, `pcie`, `xgmi`,
+    `split` says how several devices share the model; with `attention_groups` above 1 only the
+    routed experts are spread over all of them, and each group of devices holds everything else
+    and its own sequences (data-parallel attention); `link_kind` (`nvlink`, `pcie`, `xgmi`,
     `network`) and `link_bytes_per_s` describe the path between them (empty, None: their own).
     `host_expert_share` is the share (0..1) of the routed experts kept in host memory and
     `host_layer_share` the share of whole layers there; `ssd_share` is the share of the routed
@@ -110,6 +112,7 @@ class Placement:
     """
 
     split: Split = "single"
+    attention_groups: int = 1
     link_kind: str = ""
     link_bytes_per_s: float | None = None
     host_expert_share: float = 0.0

@@ -47,12 +47,15 @@ def splits_of(engine: Engine, device: Device, count: int) -> tuple[Split, ...]:
     return tuple(s for s in wanted if s in engine.splits)
 
 
-def why_illegal(model: ModelShape, quant: str | Quant, split: Split, count: int) -> str | None:
-    """Why a split cannot run; expert parallel still divides the attention heads by all devices."""
+def why_illegal(
+    model: ModelShape, quant: str | Quant, split: Split, count: int, groups: int = 1
+) -> str | None:
+    """Why a split cannot run; expert parallel still divides the attention heads by the devices of
+    each of its groups."""
     kind = load_quant(quant) if isinstance(quant, str) else quant
     found = refusal(model, kind, split, count)
     if found is None and split == "expert" and count > 1:
-        return refusal(model, load_quant("BF16"), "tensor", count)
+        return refusal(model, load_quant("BF16"), "tensor", count // groups)
     return found
 
 

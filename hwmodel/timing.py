@@ -121,7 +121,7 @@ def _weight_parts(
     scale = stated_scale(run)
     read = {role: v * scale for role, v in counts.weight_bytes.items()}
     routed = read.pop("routed", 0.0)
-    always = sum(read.values())
+    always = sum(read.values()) * run.placement.attention_groups  # each group reads its own
     efficiency = BANDWIDTH_PRIOR.get(c.device_class, 0.7)
     levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
     effects = c.features("weights", *levels) + _speed(m, c)
@@ -241,6 +241,8 @@ def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows:
 def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
     """Two all-reduces per layer for tensor parallel, one hand-over per device for layer split."""
     hidden_bytes = 2.0 * rows * run.model.hidden_size
+    if run.placement.attention_groups > 1:
+        return _grouped_links(run, m, c, rows)
     if m.parallel > 1:
         hops = 2 * run.model.layers
         latency = ALL_REDUCE_S.get(m.link_kind, 25e-6) * (1 + math.log2(m.parallel)) / 2
@@ -256,11 +258,36 @@ def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]
     return []
 
 
+def _grouped_links(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
+    """Data-parallel attention: one all-reduce inside each group and layer, and in layers of
+    experts every row to the machines of its experts (8 bits a value) and back (16 bits).
+
+    A row meets at most `top_k` other machines, or other devices where all share one link.
+    """
+    model, place, device = run.model, run.placement, run.devices[0].device
+    width = max(1, m.parallel // place.attention_groups)
+    own_rows = rows / place.attention_groups
+    link = device.link_bytes_per_s or m.link_bytes_per_s
+    reduced = model.layers * 2 * 2.0 * own_rows * model.hidden_size * (width - 1) / width
+    inside = model.layers * ALL_REDUCE_S["nvlink"] * (1 + math.log2(width)) / 2
+    inside = inside if width > 1 else 0.0
+    # all devices of a machine send their rows at once, each over its own share of the network
+    others = m.parallel // width - 1 if m.link_kind == "network" else m.parallel - 1
+    targets = min(model.top_k, max(1, others))
+    sent = model.moe_layers * 3.0 * rows / m.parallel * model.hidden_size * targets
+    latency = model.moe_layers * 2 * ALL_REDUCE_S.get(m.link_kind, 25e-6)
+    limit = reduced / link + sent / m.link_bytes_per_s
+    effects = (*c.features("links", "family"), (f"links/kind={m.link_kind}", 1.0))
+    base = inside + latency + limit / LINK_PRIOR
+    return [Part("links", "links", base, effects, limit, reduced + sent)]
+
+
 def _draft_parts(run: RunConfig, m: Machine, c: Context) -> list[Part]:
     drafts = run.workload.drafts
     size = draft_bytes(run.model, run.quant, drafts)
     if not size:  # a model without MTP layers of known size: a small share of the trunk
         size = drafts * 0.03 * run.model.active_parameters
+    size *= run.placement.attention_groups
     base = size / m.bandwidth_bytes_per_s
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
     return [

@@ -42,14 +42,24 @@ def _longest(limit: float, quant: str) -> int:
     return low
 
 
+def _up_to(longest: int) -> str:
+    if longest >= FULL:
+        return HOLDS
+    return when(f"the context is at most {longest:,} tokens") if longest else CONTRADICTED
+
+
 def at_least_120() -> Finding:
     """C10"""
     int4, small = _needs("Q4_K_S", 32768), _needs("IQ3_XXS", 32768)
     longest, whole = _longest(120 * GB, "Q4_K_S"), _needs("Q4_K_S", FULL)
     return Finding(
         computed=f"int4 {_gb(int4)} at 32K, {_gb(whole)} at 256K; IQ3_XXS {_gb(small)} at 32K",
-        verdict=when(f"the weights are int4 and the context is at most {longest:,} tokens"),
-        why="Smaller published types need far less, and the whole context needs more.",
+        verdict=CONTRADICTED
+        if small > 120 * GB or not longest
+        else when(f"the weights are int4 and the context is at most {longest:,} tokens"),
+        why=f"As a minimum it is {'too high' if small < 120 * GB else 'too low'}: IQ3_XXS needs "
+        f"{_gb(120 * GB - small)} less; for int4 at the whole context it is "
+        f"{_gb(abs(whole - 120 * GB))} too {'low' if whole > 120 * GB else 'high'}.",
         command="hwmodel sweep --device m4max --quant Q4_K_S --quant IQ3_XXS --depths 32K,256K",
         values={
             "int4_32k_bytes": int4, "int4_256k_bytes": whole, "iq3_xxs_32k_bytes": small,
@@ -77,7 +87,7 @@ def overhead_7() -> Finding:
     short, whole = (_needs("Q4_K_S", n) - weights for n in (8192, FULL))
     return Finding(
         computed=f"{_gb(short)} at 8K, {_gb(whole)} at 256K (f16 KV, buffers)",
-        verdict=when(f"the context is at most {longest:,} tokens") if longest < FULL else HOLDS,
+        verdict=_up_to(longest),
         why="Twelve full-attention layers add 49,152 bytes a token in f16; the 33 sliding ones "
         "stay at their window.",
         command="hwmodel explain memory --device m4max --quant Q4_K_S --depth 256K",
@@ -89,18 +99,17 @@ def unified_128() -> Finding:
     """C13"""
     found: list[str] = []
     values: dict[str, float | None] = {}
-    able = True
+    able = as_is = True
     for name in ("m4max", "dgx-spark", "ryzen-ai-max-395"):
         plan = plan_for(name, 1, 32768, "Q4_K_S")
         state = "fits" if plan.fits else f"fits after: {plan.fits_with}" if plan.holds else "no"
         found.append(f"{name} {state}, {plan.max_context:,} tokens")
         values[f"{name}_margin_bytes"] = plan.memory.raised_margin_bytes
-        able = able and plan.holds
+        able, as_is = able and plan.holds, as_is and plan.fits
+    raised = HOLDS if as_is else when("the limit of GPU memory is raised where there is one")
     return Finding(
         computed="; ".join(found),
-        verdict=when("the limit of GPU memory is raised where there is one")
-        if able
-        else when("the machine leaves the GPU enough of it"),
+        verdict=raised if able else CONTRADICTED,
         why="128 GB hold the int4 file with room for a long context, but not every machine gives "
         "its GPU all of them as it comes.",
         command="hwmodel compare m4max dgx-spark ryzen-ai-max-395 --quant Q4_K_S",
@@ -118,12 +127,14 @@ def one_h100() -> Finding:
     need = fewest("h100", "Q4_K_S")
     smaller = holding("h100", 1)
     other = smaller[0].run.quant.name if smaller else "none"
+    loss = smaller[0].quality.perplexity_increase if smaller else None
     return Finding(
         computed=f"int4 is {_gb(_short_of(one))} too large for one; {need} hold it; "
         f"one holds {other}",
-        verdict=CONTRADICTED,
-        why=f"{_gb(one.memory.weights_bytes)} of weights do not go into "
-        f"{_gb(one.memory.usable_bytes)}; the same article asks for 120 GB.",
+        verdict=CONTRADICTED if _short_of(one) > 0 else HOLDS,
+        why=f"{_gb(one.memory.weights_bytes)} of int4 weights against "
+        f"{_gb(one.memory.usable_bytes)} of the card; the same article asks for 120 GB."
+        + (f" {other} fits, at {100 * loss:.0f} % more perplexity." if loss else ""),
         command="hwmodel plan --device h100 --count 1 --quant Q4_K_S",
         values={"short_bytes": _short_of(one), "needed": float(need)},
     )
@@ -182,12 +193,13 @@ def two_4090() -> Finding:
     return Finding(
         computed=f"the smallest published type is {_gb(least)} too large; with experts in 128 GB "
         f"of host memory {figure(speed.tok_s)} tok/s ({figure(low)} to {figure(high)})",
-        verdict=HOLDS if able else when("experts are kept in host memory, at that speed"),
-        why="48 GiB hold no published type whole.",
+        verdict=HOLDS if able else CONTRADICTED,
+        why="Some published type fits." if able else "48 GiB hold no published type whole, so "
+        "that no quantization does it; experts in host memory do, at the speed given.",
         command="hwmodel plan --device rtx4090 --count 2 --ram 128 --context 8192",
         values={"short_bytes": least, "offload_tok_s": speed.tok_s},
         extrapolated=speed.extrapolated,
-    )
+    )  # fmt: skip
 
 
 def accuracy_loss() -> Finding:
@@ -202,7 +214,7 @@ def whole_context() -> Finding:
     """C25"""
     shown: list[str] = []
     values: dict[str, float | None] = {}
-    able, beyond = True, False
+    able, as_is, beyond = True, True, False
     for name in ("m4max", "dgx-spark"):
         plan = plan_for(name, 1, FULL - 1024, "Q4_K_S")
         deep = at_speed(plan.chosen, 0, FULL - 1024)
@@ -214,13 +226,16 @@ def whole_context() -> Finding:
             f"{minutes:.0f} min to read it"
         )
         values |= {f"{name}_tok_s": deep.tok_s, f"{name}_prefill_s": first.value}
-        able, beyond = able and plan.holds, beyond or deep.extrapolated
+        able, as_is = able and plan.holds, as_is and plan.fits
+        beyond = beyond or deep.extrapolated
+    raised = HOLDS if as_is else when("the GPU memory limit is raised where there is one")
     return Finding(
         computed="; ".join(shown),
-        verdict=HOLDS if able else CONTRADICTED,
+        verdict=raised if able else CONTRADICTED,
         why="It fits; decoding slows down with the cache of the twelve full-attention layers, and "
         "reading the prompt takes its time.",
-        command="hwmodel plan --device m4max --context 261120",
+        command="hwmodel plan --device m4max --quant Q4_K_S --context 261120; "
+        "hwmodel plan --device dgx-spark --quant Q4_K_S --context 261120",
         values=values,
         extrapolated=beyond,
     )

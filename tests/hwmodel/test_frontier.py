@@ -41,7 +41,7 @@ def test_every_machine_of_the_frontier_holds_the_model() -> None:
 
 
 def test_a_rack_trades_speed_for_tokens_per_dollar() -> None:
-    points = rack("h100", STEP, 8192)
+    points = rack("h100", STEP, 8192).points
     speeds = [p.user_tok_s for p in points]
     value = [p.tokens_per_usd for p in points]
     assert speeds == sorted(speeds, reverse=True) and value == sorted(value)
@@ -50,15 +50,42 @@ def test_a_rack_trades_speed_for_tokens_per_dollar() -> None:
 
 
 def test_every_group_of_a_rack_is_legal_and_its_command_names_it() -> None:
-    for p in rack("h100", STEP, 8192, engine="vllm", quant="fp8"):
-        run = p.candidate.run
-        assert why_illegal(STEP, run.quant, run.placement.split, p.candidate.count) is None
-        assert f"--tensor-parallel-size {p.candidate.count} " in p.command
-        assert f"--max-num-seqs {p.serving.batch} " in p.command
+    found = rack("h100", STEP, 8192, engine="vllm", quant="fp8")
+    for p in (*found.points, *found.cheapest):
+        run, groups = p.candidate.run, p.attention_groups
+        assert why_illegal(STEP, run.quant, run.placement.split, p.candidate.count, groups) is None
+        assert f"--tensor-parallel-size {p.candidate.count // groups} " in p.command
+        assert f"--max-num-seqs {-(-p.serving.batch // groups)} " in p.command
+        assert (f"--data-parallel-size {groups} " in p.command) == (groups > 1)
+
+
+def test_a_rack_says_why_a_group_cannot_be() -> None:
+    found = rack("h100", STEP, 8192, engine="sglang", quant="fp8")
+    why = dict(found.refused)
+    assert set(why) == {1, 2, 64}
+    assert "does not fit" in why[1]
+    assert "288 experts do not divide by 64" in why[64]
+
+
+def test_attention_by_machine_exchanges_less_than_over_the_network() -> None:
+    found = rack("h100", STEP, 8192, engine="sglang", quant="fp8")
+    kinds = {(p.candidate.count, p.attention_groups): p for p in found.cheapest}
+    split, grouped = kinds[32, 1], kinds[32, 4]
+    assert grouped.exchange < split.exchange
+    assert grouped.tokens_per_usd > split.tokens_per_usd
+    assert grouped.candidate.memory.weights_bytes > split.candidate.memory.weights_bytes
+    assert "--tp-size 32 --ep-size 32 --dp-size 4 --enable-dp-attention" in grouped.command
+
+
+def test_the_cheapest_batch_of_each_group_is_no_worse_than_the_frontier() -> None:
+    found = rack("h100", STEP, 8192)
+    best = {(p.candidate.count, p.attention_groups): p.tokens_per_usd for p in found.cheapest}
+    for p in found.points:
+        assert p.tokens_per_usd <= best[p.candidate.count, p.attention_groups]
 
 
 def test_tokens_per_dollar_are_the_arithmetic_of_an_hour() -> None:
-    point = rack("h100", STEP, 8192, rent=2.0)[0]
+    point = rack("h100", STEP, 8192, rent=2.0).points[0]
     hour = 3600 * point.serving.batch * point.user_tok_s
     assert point.tokens_per_usd == pytest.approx(hour / (2.0 * point.candidate.count))
 
@@ -66,7 +93,7 @@ def test_tokens_per_dollar_are_the_arithmetic_of_an_hour() -> None:
 def test_a_rack_without_a_price_asks_for_one() -> None:
     with pytest.raises(RequestError, match="--rent USD adds it"):
         rack("h20", STEP, 8192)
-    assert rack("h20", STEP, 8192, rent=2.0)
+    assert rack("h20", STEP, 8192, rent=2.0).points
 
 
 @pytest.mark.parametrize("most", [0, 65])
@@ -79,5 +106,6 @@ def test_the_commands_print_tables_and_json() -> None:
     text = CliRunner().invoke(main, ["frontier", "--device", "m4max"])
     assert text.exit_code == 0 and "llama-server" in text.output
     args = ["frontier", "--rack", "h100", "--context", "8K", "--json"]
-    rows = json.loads(CliRunner().invoke(main, args).output)
-    assert all(r["tokens_per_usd"] > 0 and r["command"] for r in rows)
+    found = json.loads(CliRunner().invoke(main, args).output)
+    assert all(r["tokens_per_usd"] > 0 and r["command"] for r in found["frontier"])
+    assert {r["count"] for r in found["cheapest_by_group"]} > {8}

@@ -10,6 +10,7 @@ from hwmodel.cli import main
 from hwmodel.devices import load_device
 from hwmodel.engines import load_engine
 from hwmodel.errors import RequestError
+from hwmodel.memory import ledger
 from hwmodel.model import step_shape
 from hwmodel.quant import load_quant
 from hwmodel.rivals import compare_rivals
@@ -49,12 +50,21 @@ def test_what_does_not_fit_or_is_too_slow_gives_no_batch() -> None:
 
 def test_step_costs_least_of_all_but_mimo_and_full_attention_costs_most() -> None:
     """Order and rough size of the vendor's table follow from the caches alone."""
-    found = {r.title: r.relative for r in compare_rivals(links="domain").rivals}
+    found = {r.title: r.relative for r in compare_rivals().rivals}
     assert found["Step 3.5 Flash"] == 1.0
     costs = {name: value for name, value in found.items() if value is not None}
     assert len(costs) == 6
     assert costs["mimo-v2-flash"] < 2 < costs["minimax-m2"] < costs["GLM-4.7"]
     assert 2 < costs["deepseek-v3.2"] < costs["GLM-4.7"] < costs["kimi-k2"]
+
+
+def test_attention_on_one_card_holds_more_weights_and_moves_less() -> None:
+    """What is not a routed expert is held by every group; a latent cache does not divide."""
+    by = {a: compare_rivals(attention=a).rivals[4].found for a in ("split", "machine", "card")}
+    batches = {a: p.batch for a, p in by.items() if p is not None}
+    assert batches["split"] < batches["machine"] < batches["card"]
+    held = [ledger(p.run, 1024).weights_bytes for p in by.values() if p is not None]
+    assert held[0] < held[1] < held[2]
 
 
 def test_whole_caches_of_sliding_layers_take_the_advantage_from_step() -> None:
