@@ -33,8 +33,10 @@ def test_the_same_data_give_the_same_bytes(folder: Path, tmp_path: Path) -> None
 
 def test_the_report_says_what_and_how_well(folder: Path) -> None:
     text = (folder / "validation.md").read_text()
-    for heading in ("Are the predictions true?", "What was predicted", "Errors", "By device",
-                    "Where it is wrong", "The loop closed", "The CPU engine", "does not show"):  # fmt: skip
+    for heading in (
+        "Are the predictions true?", "What was predicted", "Errors", "By device",
+        "Where it is wrong", "The loop closed", "The CPU engine", "does not show",
+    ):  # fmt: skip
         assert heading in text
     assert "baseline without a fit" in text and "its sweep left out" in text
     assert "Not run yet: `bench loop --help`" in text
