@@ -77,15 +77,22 @@ def _median(values: Sequence[float | None], form: str, factor: float = 1.0) -> s
     return form.format(median(known)) if known else "-"
 
 
+def _counts(numbers: Sequence[int]) -> str:
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _method(samples: Sequence[Sample]) -> str:
     probe = median([median(s.probe) for s in samples])
     busy = [s.busy_disk_bytes_per_s for s in samples if s.busy_disk_bytes_per_s]
     while_asked = f", {median(busy) / 1e9:.2f} GB/s while it is asked" if busy else ""
-    tokens = samples[-1]
+    first, timed = (_counts([len(part) for part in parts]) for parts in (
+        [s.cold_s for s in samples if s.arm != LLAMA_ARM],
+        [s.warm_s for s in samples if s.arm != LLAMA_ARM]))  # fmt: skip
     return (
         "Linux only. Every way decodes random tokens in a process of its own, in a fresh memory "
         "control group whose limit counts the page cache too, and begins with the file out of "
-        f"memory; the {len(tokens.warm_s)} tokens after the first {len(tokens.cold_s)} are timed. "
+        f"memory; {timed} tokens after the first {first} are timed. "
         "The file is one of the slices with more experts, written whole (no holes); its routers "
         "are random and have no bias, so all experts are equally likely: the hit rate is what "
         "memory holds, and no way of choosing what to keep can do better. Ways follow each other "
