@@ -8,6 +8,10 @@ import click
 
 from hwmodel.cli_support import print_json, table
 
+_MODEL = click.option(
+    "--model", default="step-3.5-flash", metavar="NAME|FILE", help="Another model."
+)
+
 
 @click.command()
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
@@ -15,21 +19,22 @@ from hwmodel.cli_support import print_json, table
 @click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--count", type=int, metavar="N", help="N of each device.")
+@_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def compare(devices: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def compare(devices: tuple[str, ...], model: str, as_json: bool, **given: Any) -> None:
     """Devices side by side, each with the plan that suits it.
 
     \b
     Example:
       hwmodel compare m4max dgx-spark rtx-pro-6000 ryzen-ai-max-395
     """
-    from hwmodel.model import step_shape
+    from hwmodel.catalogue import find_model
     from hwmodel.plan_view import figure
     from hwmodel.request import make_request
     from hwmodel.tables import compare_devices, compare_row
 
-    model = step_shape()
-    plans = compare_devices([make_request(name, model, **given) for name in devices])
+    shape = find_model(model)
+    plans = compare_devices([make_request(name, shape, **given) for name in devices])
     found = [compare_row(p) for p in plans]
     if as_json:
         print_json(found)
@@ -61,12 +66,10 @@ def _verdict(row: dict[str, Any]) -> str:
     return "after setting" if row["holds"] else "no (nearest shown)"
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _numbers(text: str, option: str, model: Any) -> list[int]:
     from hwmodel.errors import RequestError
-    from hwmodel.model import step_shape
     from hwmodel.request import parse_context
 
-    model = step_shape()
     found = []
     for part in text.split(","):
         if part.strip() == "0":
@@ -115,10 +118,11 @@ def _numbers(text: str, option: str) -> list[int]:
     metavar="N",
     help="Sequences decoded together.",
 )
+@_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of CSV.")
 def sweep(
-    devices: tuple[str, ...], quants: tuple[str, ...], depths: str, drafts: str, as_json: bool,
-    **given: Any,
+    devices: tuple[str, ...], quants: tuple[str, ...], depths: str, drafts: str, model: str,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Memory and speed over depths, quant types and devices, as tidy CSV on stdout.
 
@@ -126,13 +130,13 @@ def sweep(
     Example:
       hwmodel sweep --device m4max --device dgx-spark --depths 0,8K,64K
     """
+    from hwmodel.catalogue import find_model
     from hwmodel.errors import RequestError
-    from hwmodel.model import step_shape
     from hwmodel.request import make_request
     from hwmodel.tables import SWEEP_COLUMNS, sweep_rows
 
-    model = step_shape()
-    where = _numbers(depths, "--depths")
+    shape = find_model(model)
+    where = _numbers(depths, "--depths", shape)
     words = [d.strip() for d in drafts.split(",")]
     if not all(w in ("0", "1", "2", "3") for w in words):
         raise RequestError(f"--drafts is {drafts!r}, expected numbers from 0 to 3 such as 0,1,2")
@@ -140,7 +144,7 @@ def sweep(
     found = []
     for device in devices:
         for quant in quants or (None,):
-            request = make_request(device, model, quant=quant, **given)
+            request = make_request(device, shape, quant=quant, **given)
             found += list(sweep_rows(request, where, steps))
     if as_json:
         print_json(found)
@@ -187,10 +191,11 @@ def _cell(value: Any) -> str:
     metavar="N",
     help="Sequences decoded together.",
 )
+@_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def explain(
-    figure: Any, device: str, depth: str, ram: float | None, drafts: int, as_json: bool,
-    **given: Any,
+    figure: Any, device: str, depth: str, ram: float | None, drafts: int, model: str,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Take a figure apart: its terms, the counts behind them, the sources of every number.
 
@@ -198,16 +203,17 @@ def explain(
     Example:
       hwmodel explain decode --device m4max --depth 8192
     """
+    from hwmodel.catalogue import find_model
     from hwmodel.errors import RequestError
     from hwmodel.explain import explain as take_apart
     from hwmodel.explain import explanation_json
     from hwmodel.explain_view import explanation_text
-    from hwmodel.model import step_shape
     from hwmodel.request import make_request
     from hwmodel.search import choose, closest
 
-    tokens = _numbers(depth, "--depth")[0]
-    request = make_request(device, step_shape(), context=max(1, tokens), ram_gb=ram, **given)
+    shape = find_model(model)
+    tokens = _numbers(depth, "--depth", shape)[0]
+    request = make_request(device, shape, context=max(1, tokens), ram_gb=ram, **given)
     candidate = choose(request) or closest(request)
     if candidate is None:
         raise RequestError(f"nothing that {request.device.name} offers holds the model")

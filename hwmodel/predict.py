@@ -11,7 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hwmodel.effects import context_of
 from hwmodel.fit import Fit, load_fit, nearest_run, part_seconds, seconds, spread
+from hwmodel.placement import machine
 from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
 from hwmodel.speculative import tokens_per_step
 from hwmodel.timing import Part, decode_parts, prefill_parts
@@ -170,11 +172,20 @@ def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
         return "extrapolated", f"no measured run of {own['family']} on {own['class']}"
     if own["offload"] == "ssd" and all(r.config.get("offload") != "ssd" for r in fit.runs):
         return "extrapolated", "no measured run reads experts from disk"
+    if quantity == "decode_tok_s" and run.workload.drafts and not _drafts_measured(run, fit):
+        return "extrapolated", f"no measured run of such engines on {own['class']} drafts"
     for column, factor, least, what in _REACH:
         most = max(_reach(r.config, column, key) for r in alike)
         if _reach(own, column, key) > factor * max(least, most):
             return "extrapolated", f"no measured run there has more than {most:,.0f} {what}"
     return "calibrated", ""
+
+
+def _drafts_measured(run: RunConfig, fit: Fit) -> bool:
+    """Whether the fit learned from drafting on such devices in such engines."""
+    c = context_of(run, machine(run))
+    learned = (name for name, _ in c.features("verify", "class+group"))
+    return any("=" in name and name in fit.effects for name in learned)
 
 
 def _reach(columns: Mapping[str, Any], column: str, key: str) -> float:
