@@ -104,6 +104,8 @@ def read_golden(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
                     arrays[name] = _array(stream, entry.file_size)
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except Exception as error:  # zipfile and NumPy trust the file; what they trip over is its fault
         raise InputError(
             f"{path}: not a readable golden file ({reason(error)}); expected an .npz written by "

@@ -32,6 +32,7 @@ def draw_curve(log: list[dict[str, Any]], three_gram: float | None, out: Path) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = CURVE  # else its ids are random
     held = [r for r in log if "held" in r]
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     axes.plot([r["tokens"] / 1e6 for r in log], [r["loss"] for r in log], color="#bbbbbb",
