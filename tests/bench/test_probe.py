@@ -115,7 +115,7 @@ def test_the_text_is_toml_whatever_the_machine_is_called() -> None:
 def test_the_command_writes_the_file_and_a_plan_says_how_it_was_measured(
     probed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = probed()
+    probed()
     result = run("--no-disk")
     assert result.exit_code == 0
     assert "50 GB/s" in result.stdout and "49.5 to 50.5" in result.stdout
@@ -127,7 +127,7 @@ def test_the_command_writes_the_file_and_a_plan_says_how_it_was_measured(
     shown = CliRunner().invoke(hwmodel, ["devices", "show", "local"]).stdout
     assert "4.95e+10 to 5.05e+10" in shown
     run("--no-disk", "--out", str(tmp_path / "box.toml"))
-    assert (tmp_path / "box.toml").read_text() == (folder / "local.toml").read_text()
+    assert load_device(tmp_path / "box.toml").bandwidth_by_threads == {1: 3e10, 2: 5e10}
 
 
 def test_a_busy_machine_gets_no_file_unless_forced(probed: Callable[..., Path]) -> None:
