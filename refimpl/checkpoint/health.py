@@ -4,6 +4,11 @@ Found per tensor: values that are not finite, block scales that no quantiser wri
 beyond the rest of their tensor (a flipped exponent bit), tensors of zeros; over the whole
 checkpoint: norm weights that look as if the + 1 of the zero-centred norm had been applied twice
 or not at all.
+
+Scales that no quantiser writes: any that is not finite, and negative ones where `SCALE_FIELDS` says
+`never_negative` (Q8_0; the scale of Q4_1 and Q5_1; both scales of Q2_K, Q4_K and Q5_K); of FP8 what
+`scale_faults` lists. A scale of zero over codes that are not zero is no finding: quantisers write
+it for a block whose values are below the least half.
 """
 
 from __future__ import annotations

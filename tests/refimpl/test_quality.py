@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from hwmodel.cli import main as hwmodel
 from hwmodel.model import shape_of_config
 from hwmodel.statistics_file import read_stats
 from refimpl.backends import open_model
@@ -18,10 +22,12 @@ from refimpl.config_io import load_hf_config
 from refimpl.errors import InputError
 from refimpl.quality.clustered import mean
 from refimpl.quality.drafts import teacher_forced
-from refimpl.quality.perplexity import compare, measure
+from refimpl.quality.inputs import ids_of_text
+from refimpl.quality.perplexity import compare, measure, require_same_tokens
 from refimpl.quality.routing import distinct
 from refimpl.quality.windows import chunks, strided, windows_of
 
+EMBEDDED = Path(__file__).parents[2] / "refimpl" / "mini" / "step-mini-q4_0.gguf"
 BF16 = Path(__file__).parents[2] / "refimpl" / "mini" / "bf16"
 IDS = [int(i) for i in np.random.default_rng(1).integers(3, 4096, 200)]
 
@@ -101,6 +107,20 @@ def test_the_statistics_file_is_what_the_cost_model_reads(ids: Path, tmp_path: P
     assert sum(record["expert_load"][0]) == 192 * config.moe_top_k
 
 
+def test_a_plan_takes_the_statistics_of_its_own_model_only(ids: Path, tmp_path: Path) -> None:
+    args = ["stats", "--tokens", str(ids), "--context", "64", "--loops", "0", "--json"]
+    path = tmp_path / "stats.json"
+    path.write_text(CliRunner().invoke(main, args).stdout)
+    plan = ["plan", "--device", "dgx-spark", "--stats", str(path)]
+    own = ["--model", str(EMBEDDED), "--context", "512"]
+    done = CliRunner().invoke(hwmodel, [*plan, *own])
+    assert done.exit_code == 0, done.stderr
+    other = CliRunner().invoke(hwmodel, plan)
+    assert other.exit_code == 2 and other.stderr.count("\n") == 1
+    assert "one token uses 4 distinct experts, expected 8" in other.stderr
+    assert "it was counted on another model" in other.stderr
+
+
 def test_json_of_a_comparison(ids: Path) -> None:
     args = ["perplexity", "--tokens", str(ids), "--context", "64", "--against", "mini", "--json"]
     found = json.loads(CliRunner().invoke(main, args).stdout)
@@ -124,6 +144,45 @@ def test_mistakes_get_a_sentence(args: list[str], sentence: str, ids: Path) -> N
     assert done.exit_code == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_models_of_different_vocabularies_are_not_compared() -> None:
+    with open_model("mini", "reference") as model:
+        windows = windows_of(IDS, model.backend.config, 64)
+        other = SimpleNamespace(config=dataclasses.replace(model.backend.config, vocab_size=5000))
+        with pytest.raises(InputError, match="vocabularies of 4096 and 5000 tokens"):
+            compare(model.backend, other, windows)  # type: ignore[arg-type]
+        tokenizer = model.tokenizer
+        assert tokenizer is not None
+        require_same_tokens(tokenizer, tokenizer)
+        require_same_tokens(tokenizer, None)
+        tokens = list(tokenizer.vocabulary.tokens)
+        tokens[300] = "other"
+        changed = SimpleNamespace(vocabulary=SimpleNamespace(tokens=tokens))
+        with pytest.raises(InputError, match=r"token 300 is .* and 'other' for the other"):
+            require_same_tokens(tokenizer, changed)  # type: ignore[arg-type]
+
+
+def test_texts_and_tokenizers_that_are_missing() -> None:
+    with open_model("mini", "reference") as model:
+        with pytest.raises(InputError, match="the text is empty"):
+            ids_of_text(model, "")
+        with pytest.raises(InputError, match="tokenizer"):
+            ids_of_text(dataclasses.replace(model, tokenizer=None), "text")
+
+
+def test_logits_that_are_not_finite_are_no_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_model("mini", "reference") as model:
+        windows = windows_of(IDS, model.backend.config, 64)
+        prefill = model.backend.prefill
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            step = prefill(*args, **kwargs)
+            return dataclasses.replace(step, logits=step.logits * np.nan)
+
+        monkeypatch.setattr(model.backend, "prefill", broken)
+        with pytest.raises(InputError, match=r"not finite: .* inspect --check"):
+            measure(model.backend, windows)
 
 
 def test_tokens_outside_the_vocabulary() -> None:
