@@ -263,12 +263,19 @@ def _loop(found: Sources, link: Link) -> list[str]:
         f"![loop]({folder}/loop.png)",
         f"*Predicted against measured on this host. [Values]({folder}/comparison.csv), "
         f"[raw rounds]({folder}/rounds.jsonl).*",
+        _loop_notes(found.loop),
         "<details><summary>All points</summary>",
         markdown(
             ("point", "", "measured tok/s", "predicted", "band", "ratio", "measured how"), points
         ),
         "</details>",
     ]
+
+
+def _loop_notes(folder: Path) -> str:
+    """What a reader says of the points that were missed (`notes.md`), empty without such a file."""
+    path = folder / "notes.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def _number(value: float | None) -> str:
