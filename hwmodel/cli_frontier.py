@@ -44,7 +44,10 @@ def frontier(
     from hwmodel.frontier import buying
     from hwmodel.frontier import rack as rack_of
     from hwmodel.frontier_view import offers_json, offers_text, rack_json, rack_text
+    from hwmodel.plots import check_name
 
+    if plot is not None:
+        check_name(plot)
     shape = find_model(model)
     found: Any
     shown: Any
@@ -61,6 +64,6 @@ def frontier(
     else:
         click.echo(text)
     if plot is not None:
-        from hwmodel.pictures import draw_frontier
+        from hwmodel.frontier_pictures import draw_frontier
 
         draw_frontier(shown if rack is None else shown.points, plot)

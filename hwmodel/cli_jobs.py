@@ -72,13 +72,18 @@ def _machine(context: str | int, given: dict[str, Any]) -> tuple[Any, int, int]:
     """The plan's configuration, the context and the plan's number of drafts."""
     from hwmodel.catalogue import find_model
     from hwmodel.cli_support import note
+    from hwmodel.errors import RequestError
     from hwmodel.plan import make_plan
     from hwmodel.request import make_request
 
     model = find_model(given.pop("model"))
-    request = make_request(
-        given.pop("device"), model, context=context, ram_gb=given.pop("ram"), **given
-    )
+    option = given.pop("option", "--depth")
+    try:
+        request = make_request(
+            given.pop("device"), model, context=context, ram_gb=given.pop("ram"), **given
+        )
+    except RequestError as error:  # the plan's option has another name here
+        raise RequestError(str(error).replace("--context", option)) from error
     plan = make_plan(request)
     if not plan.holds:
         note(f"{plan.problem}; the closest that holds it is used")
@@ -118,7 +123,7 @@ def workload(profile: str | None, devices: tuple[str, ...], as_json: bool, **giv
     terms = {k: given.pop(k) for k in ("buy", "rent", "watts", "kwh", "years", "days", "hours")}
     jobs = []
     for name in devices:
-        candidate, _, drafts = _machine(most, {**given, "device": name})
+        candidate, _, drafts = _machine(most, {**given, "device": name, "option": profile})
         jobs.append((run_job(found, candidate, drafts), terms_of(candidate, **terms)))
     if as_json:
         print_json([job_json(job, paid) for job, paid in jobs])

@@ -39,7 +39,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
     from hwmodel.roofline import roofs, step_points
 
     if plot is not None:
-        from hwmodel.pictures import check_name
+        from hwmodel.plots import check_name
 
         check_name(plot)
     candidate = _plan(device, model, None, given).chosen
@@ -108,8 +108,8 @@ def plot(
 
     from hwmodel.cli_support import note, print_json
     from hwmodel.devices import load_device
-    from hwmodel.pictures import PICTURES, check_name
-    from hwmodel.plots import save, save_one
+    from hwmodel.pictures import PICTURES
+    from hwmodel.plots import check_name, save, save_one
 
     if kind != "all":
         check_name(out)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hwmodel.candidate import Candidate
+from hwmodel.candidate import GOOD_TIER, Candidate, quality_of, tier_of
 from hwmodel.cost import Terms, terms_of
 from hwmodel.errors import RequestError
 from hwmodel.model import ModelShape
@@ -208,6 +208,8 @@ def rack(
 ) -> Rack:
     """The frontier of speed per user and tokens per dollar.
 
+    Quality is no axis of it: without `quant`, types that lose much are left out.
+
     Args:
         most: devices of the rack; groups of 1, 2, 4, ... of them are tried.
         drafts: drafts per step; None tries none and all that the engine offers.
@@ -250,12 +252,17 @@ def _why_none(request: PlanRequest, count: int) -> str:
     for engine in request.engines:
         for split in splits_of(engine, request.device, count):
             for quant in (request.quant,) if request.quant else engine.published:
-                if request.can_load(engine, quant):
+                if request.can_load(engine, quant) and _good_enough(request, quant):
                     for groups in _attention_groups(request, split, count):
                         kind = request.kind(quant)
                         why = why_illegal(request.model, kind, split, count, groups)
                         found.append(why or f"{quant} does not fit")
     return "; ".join(dict.fromkeys(found)) or "no engine can load the model so"
+
+
+def _good_enough(request: PlanRequest, quant: str) -> bool:
+    asked = request.quant is not None
+    return asked or tier_of(quality_of(request.model, request.kind(quant))) <= GOOD_TIER
 
 
 def _attention_groups(request: PlanRequest, split: str, count: int) -> tuple[int, ...]:
@@ -284,7 +291,7 @@ def _group_points(
     request: PlanRequest, count: int, drafts: int | None, rent: float | None
 ) -> Iterator[RackPoint]:
     for c in _rack_types(request, count):
-        if not c.holds:
+        if not (c.holds and _good_enough(request, c.run.quant.name)):
             continue
         terms = terms_of(c, rent=None if rent is None else rent * count)
         price = _hourly(terms)

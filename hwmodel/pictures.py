@@ -1,4 +1,4 @@
-"""The pictures of the cost model: roofline, depth, memory, first token, drafts, cost, frontiers.
+"""The pictures of the cost model: roofline, depth, memory, first token, drafts, cost.
 
 Each function makes one figure from estimates of the one estimator; `hwmodel.plots` has the style.
 """
@@ -6,7 +6,6 @@ Each function makes one figure from estimates of the one estimator; `hwmodel.plo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwmodel.candidate import Candidate
@@ -17,11 +16,13 @@ from hwmodel.plots import (
     FONT,
     GREY,
     DepthCurve,
+    blank,
     depth_grid,
     draw_depth,
+    fit_note,
     line_handles,
     look,
-    save_one,
+    plain_log,
     style,
 )
 from hwmodel.predict import predict
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hwmodel.frontier import Offer, RackPoint
 
 GB = 1e9
 MEMORY_PARTS = (
@@ -42,37 +42,28 @@ PROMPTS = (128, 512, 2048, 8192, 32768, 131072)
 ACCEPTANCES = tuple(i / 20 for i in range(21))
 
 
-def _blank(title: str, subtitle: str, size: tuple[float, float] = (9, 6.2)) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left")
-    figure.suptitle(subtitle, fontsize=FONT - 3, color=GREY, x=0.01, ha="left")
-    return figure, axes
-
-
 def _label(plan: Plan) -> str:
     c = plan.chosen
     return f"{c.count}x {c.device.name}, {c.run.quant.name}, {c.engine.title}"
 
 
-def _source() -> str:
-    from hwmodel.fit import load_fit
-
-    fit = load_fit()
-    return f"predicted; fit to {len(fit.runs)} published measurements, {fit.as_of}"
-
-
 def depth_picture(plans: Sequence[Plan]) -> Figure:
     """Decode speed against context depth, with band and datasheet limit."""
     with style():
-        figure, axes = _blank("Decode against depth", _source())
+        figure, axes = blank("Decode against depth", fit_note())
         curves = [
             DepthCurve(_label(p), p.chosen.at(drafts=0), depth_grid(max(1, p.max_context)))
             for p in plans
         ]
         draw_depth(axes, curves)
+        if len(plans) > 1:  # machines differ by factors
+            deepest = [
+                predict(p.chosen.at(depth=max(1, p.max_context), drafts=0), "decode_tok_s")
+                for p in plans
+            ]
+            lowest = min(e.low or 1.0 for e in deepest)
+            axes.set_ylim(bottom=0.8 * lowest)
+            plain_log(axes, "y")
         axes.set_ylabel("decode, tokens/s per sequence")
         _legend(figure, axes, plans, lines=True)
         return figure
@@ -86,14 +77,14 @@ def _legend(figure: Figure, axes: Axes, plans: Sequence[Plan], lines: bool = Fal
         for i, p in enumerate(plans)
     ]
     if lines:
-        axes.legend(handles=line_handles(), fontsize=FONT - 2, loc="upper right")
+        axes.legend(handles=line_handles(), fontsize=FONT - 2, loc="lower left")
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=FONT - 2)
 
 
 def memory_picture(plans: Sequence[Plan]) -> Figure:
     """Memory by component for each machine, with its limit."""
     with style():
-        figure, axes = _blank("Memory", _memory_note(plans), (9, 1.9 + 0.8 * len(plans)))
+        figure, axes = blank("Memory", _memory_note(plans), (9, 1.9 + 0.8 * len(plans)))
         names = [_label(p) for p in plans]
         for row, plan in enumerate(plans):
             left = 0.0
@@ -125,14 +116,14 @@ def _memory_note(plans: Sequence[Plan]) -> str:
 def ttft_picture(plans: Sequence[Plan]) -> Figure:
     """Time to first token against the length of the prompt, with band."""
     with style():
-        figure, axes = _blank("Time to first token", _source())
+        figure, axes = blank("Time to first token", fit_note())
         for i, plan in enumerate(plans):
             sizes = [n for n in PROMPTS if n <= plan.max_context]
             found = [
                 predict(plan.chosen.at(depth=0, prompt_tokens=n, drafts=0), "ttft_s") for n in sizes
             ]
             _banded(axes, sizes, found, i)
-        _plain_log(axes, "y")
+        plain_log(axes, "y")
         axes.set_xscale("log", base=2)
         axes.set_xticks(PROMPTS, [_k(n) for n in PROMPTS])
         axes.xaxis.minorticks_off()
@@ -172,7 +163,7 @@ def mtp_picture(plans: Sequence[Plan]) -> Figure:
             axes.set_visible(False)
         depth = usable[0].request.context // 4
         figure.suptitle(
-            f"Gain of drafts, {depth:,} tokens of context; {_source()}",
+            f"Gain of drafts, {depth:,} tokens of context; {fit_note()}",
             fontsize=FONT - 3, color=GREY, x=0.01, ha="left",
         )  # fmt: skip
         return figure
@@ -206,7 +197,7 @@ def _gains(axes: Axes, plan: Plan) -> None:
 def cost_picture(plans: Sequence[Plan]) -> Figure:
     """Dollars per million output tokens against speed: bought and, where known, rented."""
     with style():
-        figure, axes = _blank("Cost against speed", _cost_note(plans))
+        figure, axes = blank("Cost against speed", _cost_note(plans))
         for i, plan in enumerate(plans):
             sheet = cost_sheet(
                 plan.chosen, terms_of(plan.chosen), plan.request.context // 4, plan.best_drafts
@@ -219,7 +210,7 @@ def cost_picture(plans: Sequence[Plan]) -> Figure:
                 axes.plot([sheet.output_tok_s], [cost.per_m_output], marker=marker, color=colour,
                           markerfacecolor=hollow, markersize=11, markeredgewidth=2,
                           linestyle="none")  # fmt: skip
-        _plain_log(axes, "x", "y")
+        plain_log(axes, "x", "y")
         axes.margins(0.1)
         axes.set_xlabel("output tokens/s of the machine")
         axes.set_ylabel("dollars per million output tokens")
@@ -258,9 +249,9 @@ def roofline_picture(candidate: Candidate) -> Figure:
     bandwidth, peaks = roofs(candidate)
     with style():
         c = candidate
-        figure, axes = _blank(
+        figure, axes = blank(
             f"Roofline: {c.run.model.title} on {c.count}x {c.device.title}",
-            f"{c.run.quant.name} in {c.engine.title}; {_source()}", (9.5, 6.6),
+            f"{c.run.quant.name} in {c.engine.title}; {fit_note()}", (9.5, 6.6),
         )  # fmt: skip
         low = min(p.intensity for p in points) / 3
         high = max(*(p.intensity for p in points), 2 * max(peaks.values()) / bandwidth) * 2
@@ -272,7 +263,7 @@ def roofline_picture(candidate: Candidate) -> Figure:
                       f"memory {bandwidth / 1e9:,.0f} GB/s")  # fmt: skip
         for i, p in enumerate(points):
             _phase(axes, p, i)
-        _plain_log(axes, "x", "y")
+        plain_log(axes, "x", "y")
         axes.set_xlabel("operations per byte read (weights and KV cache)")
         axes.set_ylabel("TFLOP/s")
         axes.legend(fontsize=FONT - 3, loc="lower right")
@@ -285,118 +276,6 @@ def _phase(axes: Axes, p: PhasePoint, index: int) -> None:
               linestyle="none", label=f"{p.name}: {100 * p.share:.0f} % of the roof")  # fmt: skip
     axes.plot([p.intensity] * 2, [p.flop_per_s / 1e12, p.roof_flop_per_s / 1e12], color=colour,
               linewidth=1, linestyle=":")  # fmt: skip
-
-
-def draw_frontier(found: Sequence[Offer] | Sequence[RackPoint], path: str) -> None:
-    """A frontier into one file.
-
-    Raises:
-        RequestError: the file's name ends neither in .png nor in .svg.
-    """
-    from hwmodel.frontier import Offer
-
-    check_name(path)
-    offers = [o for o in found if isinstance(o, Offer)]
-    points = [p for p in found if not isinstance(p, Offer)]
-    save_one(_offers_figure(offers) if offers else _rack_figure(points), Path(path))
-
-
-def _offers_figure(offers: Sequence[Offer]) -> Figure:
-    with style():
-        figure, axes = _blank(
-            f"Price, speed and quality, {offers[0].candidate.context:,} tokens",
-            f"machines that none beats in all three; {_source()}", (10, 6.6),
-        )  # fmt: skip
-        types = list(dict.fromkeys(o.candidate.run.quant.name for o in offers))
-        for i, quant in enumerate(types):
-            mine = [o for o in offers if o.candidate.run.quant.name == quant]
-            colour, marker = look(i)
-            loss = mine[0].candidate.quality.perplexity_increase
-            shown = "unknown" if loss is None else f"+{100 * loss:.1f} %"
-            axes.plot([o.price_usd for o in mine], [o.tok_s for o in mine], color=colour,
-                      marker=marker, markersize=10, linestyle="none",
-                      label=f"{quant} (perplexity {shown})")  # fmt: skip
-        # points close together share one label, with the types' colours telling them apart
-        named: list[Offer] = []
-        for o in sorted(offers, key=lambda o: -o.tok_s):
-            if any(_close(o, other) for other in named):
-                continue
-            named.append(o)
-            axes.annotate(f"{o.candidate.count}x {o.candidate.device.name}", (o.price_usd, o.tok_s),
-                          textcoords="offset points", xytext=(8, 4), fontsize=FONT - 4)  # fmt: skip
-        _plain_log(axes, "x", "y")
-        low, high = min(o.price_usd for o in offers), max(o.price_usd for o in offers)
-        axes.set_xlim(low / 1.3, high * 2.2)
-        axes.set_xlabel("dollars for the whole machine")
-        axes.set_ylabel("decode, tokens/s")
-        axes.legend(fontsize=FONT - 3, loc="upper left")
-        return figure
-
-
-def _close(a: Offer, b: Offer) -> bool:
-    same = a.candidate.device.name == b.candidate.device.name
-    near = abs(a.price_usd / b.price_usd - 1) < 0.02
-    return (same and near and a.candidate.count == b.candidate.count) or (
-        abs(a.price_usd / b.price_usd - 1) < 0.1 and abs(a.tok_s / b.tok_s - 1) < 0.06
-    )
-
-
-def _rack_figure(points: Sequence[RackPoint]) -> Figure:
-    first = points[0].candidate
-    with style():
-        figure, axes = _blank(
-            f"{first.run.model.title} on {first.device.title}, {first.context:,} tokens per user",
-            f"best of group sizes, splits and batches; {_source()}", (10, 6.2),
-        )  # fmt: skip
-        counts = sorted({p.candidate.count for p in points})
-        x = [p.tokens_per_usd / 1e6 for p in points]
-        axes.plot(x, [p.user_tok_s for p in points], color=GREY, linewidth=1.2, zorder=1)
-        for i, count in enumerate(counts):
-            mine = [p for p in points if p.candidate.count == count]
-            colour, marker = look(i)
-            axes.plot([p.tokens_per_usd / 1e6 for p in mine], [p.user_tok_s for p in mine],
-                      color=colour, marker=marker, markersize=10, linestyle="none",
-                      label=f"groups of {count}")  # fmt: skip
-        for p in points:
-            axes.annotate(_users(p),
-                          (p.tokens_per_usd / 1e6, p.user_tok_s), textcoords="offset points",
-                          xytext=(9, 5), fontsize=FONT - 4)  # fmt: skip
-        _plain_log(axes, "x")
-        axes.set_xlabel("million output tokens per dollar")
-        axes.set_ylabel("tokens/s of each user")
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.15)
-        axes.legend(fontsize=FONT - 2, loc="best")
-        return figure
-
-
-def _users(p: RackPoint) -> str:
-    n = p.serving.batch
-    return f"{n} user{'s' if n > 1 else ''}, {p.candidate.run.placement.split}"
-
-
-def _plain_log(axes: Axes, *names: str) -> None:
-    """Logarithmic axes whose ticks are plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    for name in names:
-        getattr(axes, f"set_{name}scale")("log")
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
-        axis.set_minor_locator(NullLocator())
-
-
-def check_name(path: str) -> None:
-    """Refuse a file that no picture can be written to.
-
-    Raises:
-        RequestError: the name ends neither in .png nor in .svg, or its folder is missing.
-    """
-    if not path.endswith((".png", ".svg")):
-        raise RequestError(f"the picture is {path!r}, expected a name that ends in .png or .svg")
-    if not Path(path).resolve().parent.is_dir():
-        raise RequestError(f"the folder of {path!r} does not exist")
 
 
 PICTURES: dict[str, Callable[[Sequence[Plan]], Figure]] = {

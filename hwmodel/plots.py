@@ -177,3 +177,46 @@ def save_one(figure: Figure, path: Path) -> None:
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(data, format=kind, dpi=110, metadata=metadata)
     write_whole(path, data.getvalue())
+
+
+def blank(title: str, subtitle: str, size: tuple[float, float] = (9, 6.2)) -> tuple[Figure, Axes]:
+    """A figure with one panel, its title and a small line above it; `size` in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    figure.suptitle(subtitle, fontsize=FONT - 3, color=GREY, x=0.01, ha="left")
+    return figure, axes
+
+
+def fit_note() -> str:
+    """What the predictions of a picture rest on."""
+    from hwmodel.fit import load_fit
+
+    fit = load_fit()
+    return f"predicted; fit to {len(fit.runs)} published measurements, {fit.as_of}"
+
+
+def plain_log(axes: Axes, *names: str) -> None:
+    """Logarithmic axes whose ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for name in names:
+        getattr(axes, f"set_{name}scale")("log")
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+        axis.set_minor_locator(NullLocator())
+
+
+def check_name(path: str) -> None:
+    """Refuse a file that no picture can be written to.
+
+    Raises:
+        RequestError: the name ends neither in .png nor in .svg, or its folder is missing.
+    """
+    if not path.endswith((".png", ".svg")):
+        raise RequestError(f"the picture is {path!r}, expected a name that ends in .png or .svg")
+    if not Path(path).resolve().parent.is_dir():
+        raise RequestError(f"the folder of {path!r} does not exist")

@@ -109,3 +109,14 @@ def test_the_commands_print_tables_and_json() -> None:
     found = json.loads(CliRunner().invoke(main, args).output)
     assert all(r["tokens_per_usd"] > 0 and r["command"] for r in found["frontier"])
     assert {r["count"] for r in found["cheapest_by_group"]} > {8}
+
+
+def test_a_rack_leaves_out_types_that_lose_much_unless_asked() -> None:
+    assert all(p.candidate.tier <= 1 for p in rack("h100", STEP, 8192).points)
+    asked = rack("h100", STEP, 8192, quant="IQ3_XXS").points
+    assert {p.candidate.run.quant.name for p in asked} == {"IQ3_XXS"}
+
+
+def test_an_impossible_picture_is_refused_before_any_work() -> None:
+    found = CliRunner().invoke(main, ["frontier", "--device", "m4max", "--plot", "x.jpg"])
+    assert found.exit_code == 2 and "llama-server" not in found.output

@@ -219,3 +219,23 @@ def test_far_beyond_every_measured_run_is_an_extrapolation() -> None:
     rack = dataclasses.replace(base, devices=(DeviceCount(load_device("h100"), 64),))
     found = predict(rack)
     assert found.status == "extrapolated" and "devices" in found.reason
+
+
+def test_drafts_are_calibrated_only_where_drafting_was_measured() -> None:
+    """Speed-ups were published for Apple machines, none for servers of data-centre cards."""
+
+    def status(device: str, count: int, engine: str, drafts: int) -> str:
+        known = load_engine(engine)
+        run = RunConfig(
+            model=step_shape(),
+            quant=load_quant("Q4_K_S" if engine == "llama.cpp" else "FP8-experts"),
+            devices=(DeviceCount(load_device(device), count),),
+            engine=EngineChoice(known, known.backends[0], known.version, known.date),
+            placement=Placement(split="single" if count == 1 else "expert"),
+            workload=Workload(depth=1024, drafts=drafts),
+        )
+        return predict(run).status
+
+    assert status("m4max", 1, "llama.cpp", 3) == "calibrated"
+    assert status("h100", 8, "vllm", 0) == "calibrated"
+    assert status("h100", 8, "vllm", 3) == "extrapolated"
