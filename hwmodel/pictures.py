@@ -152,7 +152,7 @@ def mtp_picture(plans: Sequence[Plan]) -> Figure:
     usable = [p for p in plans if p.chosen.engine.max_drafts and p.chosen.run.model.mtp_layers]
     if not usable:
         raise RequestError("none of these machines drafts with this model")
-    columns = min(2, len(usable))
+    columns = min(2 if len(usable) <= 4 else 3, len(usable))
     rows = -(-len(usable) // columns)
     with style():
         figure = Figure(figsize=(5.6 * columns, 4.6 * rows + 0.6), layout="constrained")

@@ -292,7 +292,7 @@ def slower_than_h100() -> Finding:
         else CONTRADICTED,
         why="Layers dealt out over four cards add room, not speed: every token passes them one "
         "after another. The int4 file fits neither.",
-        command=f"hwmodel compare rtx4090 h100 --quant {quant}",
+        command=f"{four.command}; {single.command}",
         values=_values(four=four, single=single),
         extrapolated=four.extrapolated or single.extrapolated,
     )
@@ -310,7 +310,9 @@ def runs_locally() -> Finding:
         if able
         else CONTRADICTED,
         why="Both hold the int4 file at 32K of context." if able else "Not both hold the file.",
-        command="hwmodel compare m4max dgx-spark",
+        command="; ".join(
+            ["hwmodel compare m4max dgx-spark", *(s.command for s in speeds.values())]
+        ),
         values=_values(**{d.replace("-", "_"): s for d, s in speeds.items()}),
         extrapolated=any(s.extrapolated for s in speeds.values()),
     )
