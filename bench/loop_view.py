@@ -106,7 +106,7 @@ def loop_figure(found: Mapping[str, Any]) -> Figure:
     low = min(min(r["measured"], r["predicted"]) for r in rows) / 1.4
     high = max(max(r["measured"], r["predicted"]) for r in rows) * 1.4
     with style():
-        figure = Figure(figsize=(14.4, 7.8), layout="constrained")
+        figure = Figure(figsize=(14.4, 8.7), layout="constrained")
         grid = figure.subplots(1, len(ENGINES), squeeze=False)
         for axes, engine in zip(grid.flat, ENGINES, strict=True):
             _guides(axes, low, high)
@@ -130,11 +130,16 @@ def loop_figure(found: Mapping[str, Any]) -> Figure:
                 )  # fmt: skip
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=FONT)
         figure.suptitle(
-            f"{found['host']}; predicted {found['predictions_made'][:16]} UTC, "
-            f"measured from {found['first_measured'][:16]} UTC on",
+            f"{found['host']}; predicted {when(found['predictions_made'])}, "
+            f"measured from {when(found['first_measured'])} on",
             fontsize=FONT - 1, color=GREY, x=0.01, ha="left",
         )  # fmt: skip
         return figure
+
+
+def when(stamp: str) -> str:
+    """`2026-11-22 03:12 UTC` of an ISO time."""
+    return f"{stamp[:10]} {stamp[11:16]} UTC"
 
 
 def _guides(axes: Any, low: float, high: float) -> None:

@@ -233,7 +233,7 @@ def _speed_ups(errors: Mapping[str, Any]) -> str:
 
 def _loop(found: Sources, link: Link) -> list[str]:
     from bench.loop_run import COMPARISON, PREDICTIONS, read
-    from bench.loop_view import errors_table
+    from bench.loop_view import errors_table, when
 
     path = found.loop / COMPARISON
     if not path.is_file():
@@ -254,9 +254,9 @@ def _loop(found: Sources, link: Link) -> list[str]:
     return [
         f"{loop['host']}. A few points were measured (the probe) and this host's efficiencies "
         "fitted to them alone; every other point was predicted and the predictions "
-        f"[committed]({folder}/{PREDICTIONS}) ({loop['predictions_made'][:16]} UTC, at "
-        f"{loop['predictions_commit']}) before it was measured (from "
-        f"{loop['first_measured'][:16]} UTC on). Slices are five layers of the published model at "
+        f"[committed]({folder}/{PREDICTIONS}) ({when(loop['predictions_made'])}, made at "
+        f"{loop['predictions_commit'].rstrip('+')}) before it was measured (from "
+        f"{when(loop['first_measured'])} on). Slices are five layers of the published model at "
         "its true widths; they stream from memory. The embedded model stays in the last cache. "
         f"{loop['rule']}",
         markdown(*errors_table(loop)),
