@@ -13,8 +13,8 @@ def explanation_text(e: Explanation) -> str:
     """What was computed, from which counts, from which sources."""
     c = e.candidate
     many = f"{c.count}x " if c.count > 1 else ""
-    head = f"{e.figure} of {e.run.model.title} on {many}{c.device.name}, {c.engine.title}, "
-    head += c.run.quant.name
+    model = "" if e.run.model.is_step else f"{e.run.model.title} on "
+    head = f"{e.figure} of {model}{many}{c.device.name}, {c.engine.title}, {c.run.quant.name}"
     parts = [f"{head}, {e.depth:,} tokens", "", *(_memory(e) if e.estimate is None else _time(e))]
     rows = [[name, f"{value:.6g}", source] for name, value, source in e.sources]
     parts += ["", "Stated numbers", table(["number", "value", "source"], rows)]
