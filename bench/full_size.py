@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-_MICRO_BATCH = 256  # rows of a ring beyond its window, the engine's default
+_MICRO_BATCH = 512  # rows of a ring beyond its window, the engine's default
 
 
 def _timed(*args: str) -> tuple[float, str]:
