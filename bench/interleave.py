@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from bench.runners.base import Measurement, Runner, RunnerError, RunnerTest
 from hwmodel.errors import RunFileError
@@ -29,6 +29,7 @@ AGREEMENT = 0.10  # of the probe after a round with the one before it
 NEAR_BEST = 0.90  # of the best probe seen
 CONFIDENCE = 0.95
 FORMAT = 1
+_BACKWARDS = 1 << 16  # bytes at a time
 
 Probe = Callable[[], Sequence[float]]
 Note = Callable[[str], None]
@@ -164,10 +165,25 @@ def append_round(path: Path, made: Round) -> None:
         OSError: it cannot be written.
     """
     line = json.dumps({"format": FORMAT, **asdict(made)}, allow_nan=False)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with open(path, "a+b") as file:
+        _drop_cut_line(file)
+        file.write(line.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _drop_cut_line(file: BinaryIO) -> None:
+    """Take off a last line that an earlier run did not finish; it would spoil the next one."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BACKWARDS)
+        file.seek(start)
+        at = file.read(end - start).rfind(b"\n")
+        if at >= 0:
+            end = start + at + 1
+            break
+        end = start
+    file.truncate(end)
 
 
 def read_rounds(path: Path) -> list[Round]:

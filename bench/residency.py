@@ -31,6 +31,7 @@ DEFAULT_ARMS = ("experts on demand", "page faults", LLAMA_ARM, "willneed")
 FORMAT = 1
 _MOUNT = Path("/sys/fs/cgroup")
 _PROBE_BYTES = 512 << 20
+_LIMIT_S = 900
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,10 @@ def _command(model: Path, arm: str, llama: Path | None, tokens: tuple[int, int])
 
 def _mmap_flags(llama: Path) -> list[str]:
     """As this version of llama-bench spells it."""
-    told = subprocess.run([str(llama), "--help"], capture_output=True, text=True, check=False)
+    try:
+        told = subprocess.run([str(llama), "--help"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RunnerError(f"{llama}: cannot be started ({error.strerror})") from None
     return ["-lm", "mmap"] if "--load-mode" in told.stdout + told.stderr else ["-mmp", "1"]
 
 
@@ -194,9 +198,14 @@ def _run(command: list[str], arm: str, group: Path) -> dict[str, Any]:
     def join() -> None:
         (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, preexec_fn=join, timeout=900
-    )
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, preexec_fn=join, timeout=_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise RunnerError(f"{arm}: gave no result within {_LIMIT_S} s") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunnerError(f"{arm}: cannot be started in a control group ({error})") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         why = "out of memory" if done.returncode == -9 else last

@@ -34,14 +34,13 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
     required(row, _NEEDED, where)
     if row.get("median_tpot_ms") is None and row.get("mean_tpot_ms") is None:
         raise RunFileError(f"{where}: no median_tpot_ms and no mean_tpot_ms")
-    done = float(row["completed"])
+    done, asked, given = (_count(row, key, where) for key in _NEEDED)
     if not done > 0:
         raise RunFileError(f"{where}: completed is {row['completed']!r}, no request was answered")
     tpot = "median_tpot_ms" if row.get("median_tpot_ms") is not None else "mean_tpot_ms"
     ttft = "median_ttft_ms" if row.get("median_ttft_ms") is not None else "mean_ttft_ms"
     ms = number(row, tpot, "ttft_ms", where)
-    prompt = round(float(row["total_input_tokens"]) / done)
-    written = round(float(row["total_output_tokens"]) / done)
+    prompt, written = round(asked / done), round(given / done)
     accepted = row.get("accept_length") or row.get("spec_decode_acceptance_length")
     stated = str(row.get("backend") or row.get("endpoint_type") or "")
     return RunRecord(
@@ -61,6 +60,18 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
         sweep=stem,
         extra=rest(row, _USED, engine.lower()),
     )
+
+
+def _count(row: Mapping[str, Any], key: str, where: str) -> float:
+    """A whole number of requests or tokens.
+
+    Raises:
+        RunFileError: it is none.
+    """
+    value = row[key]
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise RunFileError(f"{where}: {key} is {value!r:.60}, expected a whole number")
+    return float(value)
 
 
 def _date(text: str) -> str:

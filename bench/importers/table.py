@@ -51,7 +51,7 @@ def json_rows(text: str) -> list[dict[str, Any]] | None:
     """The objects of a JSON array, object, or JSON lines; None where the text is none of them."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return _json_lines(text)
     rows = value if isinstance(value, list) else [value]
     return rows if rows and all(isinstance(r, dict) for r in rows) else None
@@ -64,7 +64,7 @@ def _json_lines(text: str) -> list[dict[str, Any]] | None:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return None
         if not isinstance(row, dict):
             return None
@@ -89,7 +89,7 @@ def number(row: Values, key: str, column: str, where: str, factor: float = 1.0) 
         return None
     try:
         scaled = float(value) * factor
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RunFileError(f"{where}: {key} is {value!r:.60}, expected a number") from None
     found, problem = parse_number(repr(scaled), column)
     if problem:

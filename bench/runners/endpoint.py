@@ -181,7 +181,8 @@ class EndpointRunner:
         return answers
 
     def _facts(self) -> dict[str, Any]:
-        meta = self._listed.get("meta") or {}
+        told = self._listed.get("meta")
+        meta = told if isinstance(told, dict) else {}
         known = {"model_n_params": meta.get("n_params"), "model_size": meta.get("size")}
         path = str(self._props.get("model_path") or "")
         local = self.model.startswith(("/", ".")) or "\\" in self.model

@@ -102,7 +102,7 @@ def quantise_fp8(matrix: Array, block: tuple[int, int] = DEFAULT_BLOCK) -> tuple
     """Codes (out, in) uint8 and float32 scales (ceil(out / B0), ceil(in / B1)) of a matrix.
 
     Each block's largest magnitude becomes the largest FP8 value, as the published quantisers do;
-    a block of zeros gets the scale 1.
+    a block of zeros (or of values so small that their scale would be zero) gets the scale 1.
     """
     rows, columns = matrix.shape
     height, width = (-(-n // b) for n, b in zip((rows, columns), block, strict=True))
@@ -110,7 +110,8 @@ def quantise_fp8(matrix: Array, block: tuple[int, int] = DEFAULT_BLOCK) -> tuple
     padded[:rows, :columns] = matrix
     blocks = padded.reshape(height, block[0], width, block[1])
     peaks = np.abs(blocks).max(axis=(1, 3))  # (height, width)
-    scales = np.where(peaks > 0, peaks / np.float32(LARGEST), np.float32(1)).astype(np.float32)
+    scales = (peaks / np.float32(LARGEST)).astype(np.float32)
+    scales[scales == 0] = 1
     scaled = np.clip(blocks / scales[:, None, :, None], -LARGEST, LARGEST)
     codes = scaled.astype(float8_e4m3fn).reshape(padded.shape)[:rows, :columns]
     return np.ascontiguousarray(codes).view(np.uint8), scales

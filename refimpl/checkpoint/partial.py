@@ -54,8 +54,11 @@ class PartialFile:
         os.fsync(self.file.fileno())
         record = {"identity": self._identity, "tensors": self.complete, "bytes": self.end}
         assert self._journal is not None
-        with atomic_file(self._journal) as file:
-            file.write((json.dumps(record) + "\n").encode())
+        try:
+            with atomic_file(self._journal) as file:
+                file.write((json.dumps(record) + "\n").encode())
+        except InputError as error:  # the disk's fault: what is complete stays
+            raise OSError(str(error)) from None
         self._safe_bytes = self.end
 
 

@@ -58,6 +58,7 @@ class KeptCache:
 
     def _renew(self) -> None:
         """An empty cache; the old one goes first, for both together may not fit the memory."""
+        self._whole = False  # until there is a new one, which memory may refuse
         if hasattr(self, "cache"):
             del self.cache
         self.cache = self._backend.new_cache(self._capacity)

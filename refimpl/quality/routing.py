@@ -53,6 +53,7 @@ class Routing:
         """Per layer: imbalance (largest load over the mean one), entropy over log E, share of the
         busiest tenth of the experts, experts never used."""
         top = max(1, round(TOP_SHARE * self.experts))
+        most = max(2, self.experts)  # a single expert has no entropy
         out = []
         for layer, counts in zip(self.layers, self.counts, strict=True):
             p = counts / counts.sum()
@@ -61,7 +62,7 @@ class Routing:
                 {
                     "layer": layer,
                     "imbalance": float(p.max() * self.experts),
-                    "entropy_share": float(-(used * np.log(used)).sum() / np.log(self.experts)),
+                    "entropy_share": float(-(used * np.log(used)).sum() / np.log(most)),
                     "busiest_tenth_share": float(np.sort(p)[-top:].sum()),
                     "unused": int((counts == 0).sum()),
                 }

@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -17,7 +19,6 @@ from bench.runners.stream import Client
 from bench.runners.texts import prompt
 
 FIRST_S, EACH_S = 0.06, 0.01
-LAG_S = 0.04  # of a loaded machine between sending and receiving
 TEST = RunnerTest(Path(""), n_prompt=100, n_gen=12)
 
 
@@ -38,7 +39,8 @@ class Server:
         self.pages: dict[str, str] = {"/v1/models": '{"data": [{"id": "tiny", "owned_by": "me"}]}'}
         self.bodies: list[dict[str, Any]] = []
         self.most = self.now = 0
-        self.first = self.span = 0.0  # of the last answer, as they were really sent
+        self.sent: list[float] = []  # when the last answer's pieces were really sent
+        self.together: threading.Barrier | None = None  # answers begin when so many are asked
         self.lock = threading.Lock()
 
     def answer(self, handler: Any, body: dict[str, Any]) -> None:
@@ -62,15 +64,17 @@ class Server:
 
     def tokens(self, handler: Any, count: int) -> None:
         began = time.perf_counter()
+        if self.together is not None and count > 2:
+            self.together.wait(30)
         due = began + self.first_s
         sent = []
         for i in range(count):
             time.sleep(max(0.0, due - time.perf_counter()))
             sent.append(time.perf_counter() - began)
+            self.sent = sent
             name = "reasoning_content" if i < self.reasoning else "content"
             handler.event({"choices": [{"delta": {name: "x"}}]})
             due += self.each_s
-        self.first, self.span = sent[0], sent[-1] - sent[0]
 
     def finish(self, handler: Any, body: dict[str, Any]) -> None:
         count, asked = body["max_tokens"], len(body["messages"][0]["content"])
@@ -118,17 +122,20 @@ def server() -> Iterator[Server]:
     web.server_close()
 
 
-def runner(server: Server, timeout: float = 5.0, **more: Any) -> EndpointRunner:
+def runner(server: Server, timeout: float = 60.0, **more: Any) -> EndpointRunner:
     return EndpointRunner(Client(server.url, timeout_s=timeout), **more)  # type: ignore[attr-defined]
 
 
-def test_times_are_those_of_the_server(server: Server) -> None:
-    found = runner(server, requests=1).measure(TEST)
-    record = found.record
-    assert record["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
-    assert 11 * record["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
-    assert found.samples_ts == (pytest.approx(1 / record["tpot_s"]),)
-    assert record["itl_median_s"] == pytest.approx(EACH_S, rel=0.8)
+def test_times_are_those_of_the_pieces(server: Server) -> None:
+    """None came before it was sent; how long after depends on the machine's load."""
+    kept: list[dict[str, Any]] = []
+    found = runner(server, requests=1, keep=kept.append).measure(TEST)
+    record, came = found.record, kept[-1]["arrivals"]
+    assert len(came) == 12 and all(a >= s for a, s in zip(came, server.sent, strict=True))
+    assert (record["ttft_s"], record["tpot_s"]) == (came[0], (came[-1] - came[0]) / 11)
+    assert found.samples_ts == (1 / record["tpot_s"],)
+    assert found.samples_ns == (round(1e9 * came[-1]),)
+    assert record["itl_median_s"] == median(b - a for a, b in pairwise(came))
     assert (record["complete"], record["n_gen"], record["errors"]) == (1, 12, [])
     assert record["tokens_counted_by"] == "server"
 
@@ -136,17 +143,19 @@ def test_times_are_those_of_the_server(server: Server) -> None:
 def test_a_slow_first_token_is_no_part_of_the_time_per_token(server: Server) -> None:
     server.first_s = 0.4
     found = runner(server, requests=1).measure(TEST)
-    assert found.record["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
-    assert 11 * found.record["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
-    assert found.samples_ns[0] == pytest.approx(1e9 * (server.first + server.span), abs=1e9 * LAG_S)
+    assert found.record["ttft_s"] >= server.sent[0] >= 0.4
+    whole = found.samples_ns[0] / 1e9
+    assert 11 * found.record["tpot_s"] == pytest.approx(whole - found.record["ttft_s"])
 
 
 def test_tokens_that_come_several_at_a_time_are_counted_by_the_server(server: Server) -> None:
     server.usage = {"completion_tokens": 34}  # three in most of the 12 pieces, as with drafts
-    found = runner(server, requests=1).measure(TEST).record
+    kept: list[dict[str, Any]] = []
+    found = runner(server, requests=1, keep=kept.append).measure(TEST).record
+    came = kept[-1]["arrivals"]
     assert found["n_gen"] == 34
-    assert 33 * found["tpot_s"] == pytest.approx(server.span, abs=LAG_S)
-    assert found["itl_median_s"] == pytest.approx(EACH_S, rel=0.8)
+    assert 33 * found["tpot_s"] == pytest.approx(came[-1] - came[0])
+    assert found["itl_median_s"] == median(b - a for a, b in pairwise(came))
 
 
 @pytest.mark.parametrize("usage", [None, {"completion_tokens": -4}, {"completion_tokens": 10**9}])
@@ -163,7 +172,7 @@ def test_reasoning_is_counted_and_is_the_first_token(server: Server) -> None:
     server.usage = {"completion_tokens_details": {"reasoning_tokens": 5}}
     found = runner(server, requests=2).measure(TEST).record
     assert (found["reasoning_tokens"], found["reasoning_pieces"]) == (10, 10)
-    assert found["ttft_s"] == pytest.approx(server.first, abs=LAG_S)
+    assert found["ttft_s"] >= FIRST_S
     assert found["n_gen"] == 12
 
 
@@ -189,11 +198,12 @@ def test_acceptance_as_vllm_counts_it(server: Server) -> None:
 
 
 def test_so_many_requests_run_at_the_same_time(server: Server) -> None:
-    found = runner(server, concurrency=4, requests=8).measure(TEST).record
+    server.together = threading.Barrier(4)
+    found = runner(server, timeout=60.0, concurrency=4, requests=8).measure(TEST).record
     assert server.most == 4
     assert (found["requests"], found["complete"]) == (8, 8)
     most = 4 * 12 / (FIRST_S + 11 * EACH_S)
-    assert most / 3 < found["aggregate_tok_s"] <= most
+    assert 0 < found["aggregate_tok_s"] <= most
 
 
 def test_prompts_are_real_text_none_twice_and_about_as_long_as_asked(server: Server) -> None:
@@ -290,7 +300,7 @@ def no_http(handler: Any) -> None:
 def test_a_server_that_misbehaves_gives_one_sentence(
     server: Server, script: Callable[[Any], None], message: str
 ) -> None:
-    asked = runner(server, timeout=0.3, requests=1)
+    asked = runner(server, timeout=0.3 if script is silent else 30.0, requests=1)
     _ = asked.model
     server.script = script
     server.first_s = 0.0

@@ -130,6 +130,13 @@ def test_what_is_missing_is_said_once_with_its_option() -> None:
             ' "request_throughput": 1, "mean_tpot_ms": 1}',
             "no request was answered",
         ),
+        (
+            '{"completed": "many", "total_input_tokens": 1, "total_output_tokens": 1,'
+            ' "request_throughput": 1, "mean_tpot_ms": 1}',
+            "completed is 'many', expected a whole number",
+        ),
+        ('{"pp": 1%s, "tg": 5, "pl": 1, "speed_tg": 1}' % ("0" * 400), "pp is 1000"),
+        ("9" * 5000, "begins with '9999"),
         ("[" * 100_000, "begins with '\\[\\[\\["),
     ],
 )

@@ -89,6 +89,8 @@ def test_a_line_cut_short_by_a_crash_is_passed_over(tmp_path: Path) -> None:
     whole = path.read_text()
     path.write_text(whole + whole[: len(whole) // 2])
     assert len(read_rounds(path)) == 1
+    append_round(path, a_round(1, 1, a=7))  # it takes the place of the broken line
+    assert [r.arms["a"].median_ts for r in read_rounds(path)] == [5, 7]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from gguf import GGUFReader
 from quantize_shared import wide
 
+from refimpl.checkpoint import partial
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.gguf_read import read_gguf
 from refimpl.checkpoint.gguf_write import write_gguf
@@ -211,6 +212,22 @@ def test_a_disk_that_fills_up_keeps_what_is_complete(made, tmp_path):
     source, out = made("micro", "hf-f32"), tmp_path / "m.gguf"
     with pytest.raises(InputError, match=r"m.gguf: cannot be written \(No space left on device\)"):
         convert(source, out, "q8_0", progress=full)
+    assert names(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
+    assert "going on after" in convert(source, out, "q8_0")[0]
+
+
+def test_a_disk_with_no_room_for_the_journal_keeps_what_is_complete(made, tmp_path, monkeypatch):
+    def refused(path):
+        raise InputError(f"{path}: cannot be written (No space left on device)")
+
+    source, out = made("micro", "hf-f32"), tmp_path / "m.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "JOURNAL_BYTES", 1)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, "q8_0", progress=stop_at(0.5))
+        patch.setattr(partial, "atomic_file", refused)
+        with pytest.raises(InputError, match=r"m.gguf: cannot be written .*No space left"):
+            convert(source, out, "q8_0")
     assert names(tmp_path) == ["m.gguf.partial", "m.gguf.partial.json"]
     assert "going on after" in convert(source, out, "q8_0")[0]
 

@@ -125,6 +125,13 @@ def test_quantisation_error_stays_within_half_a_step() -> None:
     assert not back[:24, :40].any()
 
 
+def test_values_too_small_for_a_scale_are_zeros() -> None:
+    w = np.zeros(BLOCK, np.float32)
+    w[0, 0] = np.float32(1e-45)
+    codes, scales = quantise_fp8(w, BLOCK)
+    assert not BlockScales(scales, 24, BLOCK).decode(codes, np.arange(24)).any()
+
+
 def test_published_scales_have_the_published_shapes() -> None:
     routed = [t for t in inventory(published()) if t.role == "routed"]
     shapes = {t.key: scale_shape(t.shape, (128, 128)) for t in routed}

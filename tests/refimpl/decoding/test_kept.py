@@ -52,6 +52,22 @@ def test_a_dropped_end_goes_back_to_the_mark(markov, config) -> None:
     assert other.timings.reused_tokens == 0
 
 
+def test_after_memory_was_refused_a_new_cache_is_made(markov, config) -> None:
+    backend = markov(config())
+    kept, options = KeptCache(backend, 64), GenerateOptions(max_new_tokens=5, context=64)
+    first = generate(backend, [1, 2, 3], options, kept=kept)
+    new_cache, backend.new_cache = backend.new_cache, _refused
+    with pytest.raises(MemoryError):
+        generate(backend, [7, 8], options, kept=kept)
+    backend.new_cache = new_cache
+    again = generate(backend, [1, 2, 3, *first.ids, 4], options, kept=kept)
+    assert again.timings.reused_tokens == 0 and again.ids
+
+
+def _refused(*_) -> None:
+    raise MemoryError
+
+
 def test_an_interrupted_pass_is_not_continued_from(markov, config) -> None:
     backend = markov(config())
     kept, options = KeptCache(backend, 64), GenerateOptions(max_new_tokens=9, context=64)
