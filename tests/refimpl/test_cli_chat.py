@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from click.testing import CliRunner
@@ -97,7 +100,9 @@ pytestmark_pty = pytest.mark.skipif(sys.platform == "win32", reason="no pseudo t
 
 
 class Terminal:
-    """The program at a pseudo terminal."""
+    """The program at a pseudo terminal; what a failed test leaves is ended after it."""
+
+    running: ClassVar[list["Terminal"]] = []
 
     def __init__(self, *options: str, **environment: str) -> None:
         import pty
@@ -108,11 +113,12 @@ class Terminal:
             os.execve(CHAT[0], [*CHAT, *options], {**os.environ, **environment})
         self.seen = ""
         self._from = 0
+        self.running.append(self)
 
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
-    def until(self, pattern: str, seconds: float = 60) -> str:
+    def until(self, pattern: str, seconds: float = 300) -> str:
         """What was printed since the last call, up to `pattern`."""
         import select
 
@@ -131,9 +137,24 @@ class Terminal:
     def end(self) -> int:
         """The exit code, after Ctrl-D."""
         self.type("\x04")
+        return self._gone()
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        self._gone()
+
+    def _gone(self) -> int:
         _, status = os.waitpid(self._pid, 0)
         os.close(self._fd)
+        self.running.remove(self)
         return os.waitstatus_to_exitcode(status)
+
+
+@pytest.fixture(autouse=True)
+def no_terminal_stays() -> Iterator[None]:
+    yield
+    for terminal in [*Terminal.running]:
+        terminal.kill()
 
 
 @pytestmark_pty
@@ -170,7 +191,7 @@ def test_reasoning_is_dimmed_where_colour_is_wanted(no_colour: str) -> None:
     terminal = Terminal("--template", "step", "--max-new-tokens", "5", NO_COLOR=no_colour)
     terminal.until("> ")
     terminal.type("def f(x):\n")
-    shown = terminal.until("cut at")
+    shown = terminal.until("cut at.*> ")  # only the prompt takes Ctrl-D as the end
     assert ("\x1b[2m" in shown and "\x1b[0m" in shown) == (not no_colour)
     assert ("[reasoning]" in shown) == bool(no_colour)
     assert terminal.end() == 0
