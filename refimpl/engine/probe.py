@@ -77,4 +77,5 @@ def read_bandwidth(
         began = time.perf_counter()
         team.run(function, address(record))
         speeds.append(share * team.size / (time.perf_counter() - began))
+    team.settle()  # before data and counter are freed
     return tuple(speeds[1:])  # the first one wakes the threads and fills the page tables

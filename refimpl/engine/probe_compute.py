@@ -147,6 +147,7 @@ def kernel_throughput(team: Team, dtype: str, repetitions: int = 10) -> tuple[fl
             times *= 2
         else:
             speeds.append(calls[0].operations * times * team.size / seconds)
+    team.settle()  # before the counter is freed
     return tuple(speeds)
 
 
@@ -164,4 +165,6 @@ def waiting_times(team: Team, repetitions: int = 20) -> tuple[tuple[float, ...],
 
     run(1)
     launches = tuple(run(1) for _ in range(repetitions))
-    return launches, tuple(run(_BARRIERS) / _BARRIERS for _ in range(repetitions))
+    waits = tuple(run(_BARRIERS) / _BARRIERS for _ in range(repetitions))
+    team.settle()  # before the counter is freed
+    return launches, waits

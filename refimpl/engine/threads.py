@@ -47,8 +47,22 @@ class Team:
             tasks.put((function, record))
         function(record, 0)
 
+    def settle(self) -> None:
+        """Wait until every thread has left the last function.
+
+        `run` returns when all have arrived at its end; some may still look at what they waited
+        for, which must not be freed before.
+        """
+        left = [threading.Event() for _ in self._tasks]
+        for tasks, event in zip(self._tasks, left, strict=True):
+            tasks.put((lambda _record, _number, event=event: event.set(), 0))
+        for event in left:
+            event.wait()
+
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, after they have left the last function."""
+        if self._finalizer.alive:
+            self.settle()
         self._finalizer()
 
 

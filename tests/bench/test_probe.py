@@ -176,3 +176,13 @@ def test_the_disk_is_read_in_four_ways_and_left_as_it_was(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="GB are free, the disk probe needs"):
         read_disk(tmp_path, 1, 1 << 50)
+
+
+def test_threads_have_left_before_what_they_waited_for_is_freed() -> None:
+    """A probe's counter was once freed while a thread still looked at it, which then never came."""
+    for _ in range(25):
+        team = Team(2)
+        kernel_throughput(team, "bf16", 1)
+        waiting_times(team, 1)
+        team.close()
+        team.close()
