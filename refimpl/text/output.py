@@ -114,7 +114,8 @@ class OutputParser:
             # Some models repeat the tag that the prompt ended with.
             if self._text and (THINK + "\n").startswith(self._text):
                 return False
-            self._text = self._text.removeprefix(THINK + "\n").removeprefix(THINK)
+            if self._text.startswith(THINK):
+                self._text = self._text.removeprefix(THINK).removeprefix("\n")
             self._begun = bool(self._text)
         at = self._text.find(END_THINK)
         if at < 0:

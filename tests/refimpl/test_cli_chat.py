@@ -140,9 +140,11 @@ class Terminal:
         seen with the next key."""
         for _ in range(20):
             self.type("\x03")
-            with contextlib.suppress(AssertionError):
-                self.until(pattern, 3)
-                return
+            for key in ("", "\x15"):  # the key rubs out the line
+                self.type(key)
+                with contextlib.suppress(AssertionError):
+                    self.until(pattern, 2)
+                    return
         raise AssertionError(f"no {pattern!r} after Ctrl-C: {self.seen[self._from :]!r}")
 
     def end(self) -> int:

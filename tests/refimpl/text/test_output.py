@@ -162,6 +162,11 @@ def test_no_part_of_a_tag_is_ever_shown() -> None:
     assert shown == "thinksay"
 
 
+def test_only_the_first_repeated_tag_is_dropped() -> None:
+    for sizes in (None, [1] * 15, [8, 7]):
+        assert parse("<think>\n<think>", sizes, True, True) == ("<think>", "", [])
+
+
 PARTS = ["<tool_call>", "</tool_call>", "<function=area>", "</function>", "<parameter=shape>",
          "</parameter>", "<think>", "</think>", "\n", "x", "<", "{}", "<function="]  # fmt: skip
 
