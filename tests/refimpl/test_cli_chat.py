@@ -110,6 +110,8 @@ class Terminal:
 
         self._pid, self._fd = pty.fork()
         if self._pid == 0:
+            # A test run in the background ignores Ctrl-C, and what it starts would inherit that.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             environment = {"TERM": "xterm", "INPUTRC": "/dev/null", **environment}
             os.execve(CHAT[0], [*CHAT, *options], {**os.environ, **environment})
         self.seen = ""
