@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from damage import Files
+from small_checkpoints import micro
 
 from refimpl.checkpoint.convert import convert
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.synth import synthesize
-from refimpl.config import FULL, SLIDING, ModelConfig, RopeScaling
 from refimpl.decoding.generate import generate
 from refimpl.decoding.generation import GenerateOptions
 from refimpl.decoding.state import save_state
@@ -34,38 +33,6 @@ TEMPLATES = (
     "{% else %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}[{{ text }}]"
     "{% endif %}{% endfor %}",
 )
-
-
-def micro(**changes: Any) -> ModelConfig:
-    """The smallest model with every kind of tensor: dense full, MoE sliding, one MTP layer."""
-    config = ModelConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_nextn_predict_layers=1,
-        vocab_size=288,
-        num_attention_heads=2,
-        num_attention_groups=1,
-        head_dim=32,
-        sliding_attention_heads=3,
-        sliding_window=4,
-        layer_types=(FULL, SLIDING, SLIDING),
-        rope_theta=(1e4, 1e3, 1e3),
-        partial_rotary_factors=(0.5, 1.0, 1.0),
-        rope_scaling=RopeScaling(2.0, 64, 1.0, 8.0),
-        moe_layers=(1,),
-        moe_num_experts=4,
-        moe_top_k=2,
-        moe_intermediate_size=32,
-        share_expert_dim=32,
-        moe_router_scaling_factor=3.0,
-        swiglu_limits=(0.0, 0.75, 0.0),
-        swiglu_limits_shared=(0.0, 0.5, 0.0),
-        max_position_embeddings=128,
-        bos_token_id=0,
-        eos_token_id=(1,),
-    )
-    return dataclasses.replace(config, **changes)
 
 
 def files_of(folder: Path) -> Files:

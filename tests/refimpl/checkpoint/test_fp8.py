@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_checkpoints import rewrite_safetensors, safetensors_parts
 
 from refimpl.backends import open_backend
 from refimpl.checkpoint.block_fp8 import BlockScales, quantise_fp8, scale_shape
@@ -44,21 +45,9 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "m"))
 
 
-def header(folder: Path) -> tuple[dict[str, Any], bytes]:
-    data = (folder / "model.safetensors").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def rewrite(folder: Path, fields: dict[str, Any], body: bytes) -> None:
-    text = json.dumps(fields).encode()
-    file = folder / "model.safetensors"
-    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
-
-
 def by_hand(folder: Path, name: str) -> np.ndarray:
     """The definition, one value at a time: fp8[r, c] times the scale of its block."""
-    return by_hand_of(*header(folder), name)
+    return by_hand_of(*safetensors_parts(folder), name)
 
 
 def by_hand_of(fields: dict[str, Any], body: bytes, name: str) -> np.ndarray:
@@ -199,9 +188,9 @@ def problems(folder: Path, *options: str) -> str:
 
 
 def damaged(folder: Path, value: float) -> Path:
-    fields, body = header(folder)
+    fields, body = safetensors_parts(folder)
     at = fields[SCALES]["data_offsets"][0] + 4
-    rewrite(folder, fields, body[:at] + np.float32(value).tobytes() + body[at + 4 :])
+    rewrite_safetensors(folder, fields, body[:at] + np.float32(value).tobytes() + body[at + 4 :])
     return folder
 
 
@@ -214,25 +203,25 @@ def test_impossible_scales_are_found(copy: Path, value: float, words: str) -> No
 
 
 def test_a_nan_code_is_found(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     at = fields[WEIGHT]["data_offsets"][0] + 64 * 3
-    rewrite(copy, fields, body[:at] + b"\x7f" + body[at + 1 :])
+    rewrite_safetensors(copy, fields, body[:at] + b"\x7f" + body[at + 1 :])
     assert f"{WEIGHT}: 1 values are not finite, the first in row 3" in problems(copy, "--check")
 
 
 def test_missing_scales_are_refused_and_reported(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     fields["model.other"] = fields.pop(SCALES)
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     with pytest.raises(CheckpointError, match=r"needs its scales; tensor .*up_proj.weight_scale_i"):
         open_checkpoint(copy)
     assert "needs its scales" in problems(copy, "--check")
 
 
 def test_scales_of_another_shape_are_refused(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     fields[SCALES]["shape"] = fields[SCALES]["shape"][::-1]
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     message = r"has shape \(2, 2, 16\), expected \(16, 2, 2\)"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(copy)
@@ -240,18 +229,18 @@ def test_scales_of_another_shape_are_refused(copy: Path) -> None:
 
 
 def test_scales_of_a_tensor_that_is_not_fp8_are_refused(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     fields["model.layers.0.self_attn.q_proj.weight_scale_inv"] = fields.pop(SCALES)
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     with pytest.raises(CheckpointError, match="has type BF16 and yet scales"):
         open_checkpoint(copy)
     assert "and yet scales" in problems(copy)
 
 
 def test_scales_without_a_weight_are_a_missing_weight(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     fields["model.other"] = fields.pop(WEIGHT)
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     with pytest.raises(CheckpointError, match=rf"tensor {WEIGHT} is missing"):
         open_checkpoint(copy)
     assert f"1 tensors are missing: {WEIGHT}" in problems(copy)
@@ -276,7 +265,7 @@ def test_other_quantisations_are_refused(copy: Path, field: Any, words: str) -> 
 
 def test_scales_may_lie_in_another_shard(copy: Path) -> None:
     """Where only some tensors are wanted, the shard of their scales is opened too."""
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     parts: dict[str, dict[str, Any]] = {"model-a.safetensors": {}, "model-b.safetensors": {}}
     data = dict.fromkeys(parts, b"")
     for name, entry in fields.items():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_checkpoints import rewrite_safetensors, safetensors_parts
 
 from refimpl.backends import open_backend
 from refimpl.checkpoint.convert import convert
@@ -33,18 +34,6 @@ SCALES = "model.layers.1.mlp.switch_mlp.down_proj.scales"
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FOLDER, tmp_path / "m"))
-
-
-def header(folder: Path) -> tuple[dict[str, Any], bytes]:
-    data = (folder / "model.safetensors").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def rewrite(folder: Path, fields: dict[str, Any], body: bytes) -> None:
-    text = json.dumps(fields).encode()
-    file = folder / "model.safetensors"
-    file.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
 def configure(folder: Path, **fields: Any) -> None:
@@ -122,7 +111,7 @@ def test_folders_that_are_not_quantised_are_known_by_their_names(copy: Path) -> 
         offsets = [len(body), len(body) + len(data)]
         fields[mlx_name(spec)] = {"dtype": "F32", "shape": spec.shape, "data_offsets": offsets}
         body += data
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     config = json.loads((copy / "config.json").read_text())
     del config["quantization"], config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
@@ -162,13 +151,13 @@ def test_a_module_that_config_calls_plain_is_refused(copy: Path) -> None:
 
 
 def test_missing_and_misshapen_scales_are_named(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     fields[SCALES]["shape"] = [64, 4, 1]
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     with pytest.raises(CheckpointError, match=r"has shape \(64, 4, 1\), expected \(4, 64, 1\)"):
         open_checkpoint(copy)
     fields["model.other"] = fields.pop(SCALES)
-    rewrite(copy, fields, body)
+    rewrite_safetensors(copy, fields, body)
     with pytest.raises(CheckpointError, match=rf"needs its scales; tensor {SCALES} \(4, 64, 1\)"):
         open_checkpoint(copy)
     done = CliRunner().invoke(main, ["inspect", str(copy)])
@@ -177,9 +166,9 @@ def test_missing_and_misshapen_scales_are_named(copy: Path) -> None:
 
 
 def test_scales_that_are_not_finite_are_found(copy: Path) -> None:
-    fields, body = header(copy)
+    fields, body = safetensors_parts(copy)
     at = fields[SCALES]["data_offsets"][0] + 2 * 5
-    rewrite(copy, fields, body[:at] + b"\x80\x7f" + body[at + 2 :])  # BF16 infinity
+    rewrite_safetensors(copy, fields, body[:at] + b"\x80\x7f" + body[at + 2 :])  # BF16 infinity
     done = CliRunner().invoke(main, ["inspect", str(copy), "--check"])
     assert done.exit_code == 1
     expected = f"{WEIGHT}: 1 block scales of MLX4_G64 are not finite, the first in row 5"
