@@ -8,24 +8,9 @@ from typing import Any
 import click
 
 from hwmodel.cli_support import note, print_json
+from refimpl.cli_support import NumberList
 
-
-class _Numbers(click.ParamType):
-    name = "numbers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            found = tuple(int(v) for v in str(value).split(","))
-        except ValueError:
-            found = (-1,)
-        if min(found) < 0 or max(found) > 10**7:
-            self.fail(f"{value!r} is no list of numbers such as 0,4096", param, ctx)
-        return found
-
-
-_NUMBERS = _Numbers()
+_NUMBERS = NumberList(int, 0, 10**7)
 
 
 @click.command()

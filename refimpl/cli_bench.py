@@ -6,33 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refimpl.cli_support import note, read_text
+from refimpl.cli_support import NumberList, note, read_text
 
 if TYPE_CHECKING:
     from refimpl.benchmark.plan import BenchTest, Settings
 
 
-class _Numbers(click.ParamType):
-    """Numbers separated by commas."""
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float]) -> None:
-        self._kind = kind
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self._kind(part) for part in str(value).split(",") if part.strip())
-        except ValueError:
-            example = "512,4096" if self._kind is int else ".88,.77"
-            self.fail(f"{value!r} is not a list of numbers such as {example}", param, ctx)
-
-
 def _list(*flags: str, default: str, help: str) -> Any:
     return click.option(
-        *flags, type=_Numbers(int), default=default, show_default=True, metavar="N,..", help=help
+        *flags, type=NumberList(int), default=default, show_default=True, metavar="N,..", help=help
     )
 
 
@@ -53,7 +35,7 @@ def _list(*flags: str, default: str, help: str) -> Any:
 @click.option("--exact", is_flag=True, help="No quantised activations, f32 keys and values.")
 @click.option("--mtp", "drafts", metavar="0|1|2|3|auto,..",
               help="Time the whole draft-and-verify loop with so many drafts.")  # fmt: skip
-@click.option("--simulate-acceptance", "acceptance", type=_Numbers(float), default="",
+@click.option("--simulate-acceptance", "acceptance", type=NumberList(float),
               metavar="P1,P2,P3", help="Accept the i-th draft with chance Pi instead of judging "
               "it; results are labelled.")  # fmt: skip
 @click.option("--prompt", "prompts", multiple=True, metavar="FILE",
@@ -111,7 +93,7 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Settings, list[BenchTest]]
         exact=given["exact"],
         micro_batch=given["micro_batch"],
         repetitions=given["repetitions"],
-        acceptance=given["acceptance"],
+        acceptance=given["acceptance"] or (),
         synthetic_kv=given["synthetic_kv"],
         prompts=_texts(model, given) if drafts else (),
         seed=given["seed"],

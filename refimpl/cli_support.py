@@ -1,7 +1,7 @@
 """What the command lines share: errors as one sentence, commands loaded when used.
 
-`SentenceGroup` serves all three packages (click and `refimpl.errors` is all it needs); the rest is
-for the commands of `refimpl`.
+`SentenceGroup` and `NumberList` serve all three packages (click and `refimpl.errors` is all they
+need); the rest is for the commands of `refimpl`.
 """
 
 from __future__ import annotations
@@ -105,6 +105,44 @@ class SentenceGroup(click.Group):
             self.note("interrupted")
             ctx.exit(INTERRUPTED)
         ctx.exit(BAD_INPUT)
+
+
+class NumberList(click.ParamType):
+    """An option's numbers, separated by commas, as a tuple of at least one.
+
+    Args:
+        kind: int or float.
+        low: the least that is taken, if there is one.
+        high: the greatest.
+    """
+
+    name = "numbers"
+
+    def __init__(
+        self,
+        kind: type[int] | type[float] = int,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> None:
+        self._kind, self._low, self._high = kind, low, high
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """The numbers; a usage error says what a list looks like, or what is out of bounds."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(self._kind(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            found = ()
+        if not found:
+            example = "512,4096" if self._kind is int else ".88,.77"
+            self.fail(f"{value!r} is not a list of numbers such as {example}", param, ctx)
+        for x in found:
+            if self._low is not None and not x >= self._low:
+                self.fail(f"{x} is less than {self._low:,}", param, ctx)
+            if self._high is not None and not x <= self._high:
+                self.fail(f"{x} is more than {self._high:,}", param, ctx)
+        return found
 
 
 def _usage_sentence(error: click.ClickException) -> str:

@@ -141,6 +141,7 @@ def test_a_prompt_may_be_given(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("-p", "x"), "not a list of numbers"),
+        (("-d", ","), "not a list of numbers"),
         (("-p", "0", "-n", "0"), "nothing to run"),
         (("-p", "-3"), "0 or more"),
         (("--rows", "5"), "5 rows a step"),
