@@ -28,6 +28,7 @@ from refimpl.checkpoint.quantise.numerics import (
     load_tile,
     nearest,
     store_half,
+    within,
 )
 
 SUB = 32
@@ -139,14 +140,14 @@ def _integers(t: Any, w: Any, top: Any, d: Any, m: Any) -> None:
     for ds in range(-1, 2):
         for dt in range(-1, 2):
             for j in range(LANES):
-                w[_A + j] = d[j] * min(max(w[_S0 + j] + np.float32(ds), ZERO), _LARGEST)
-                w[_LOW + j] = -m[j] * min(max(w[_T0 + j] + np.float32(dt), ZERO), _LARGEST)
+                w[_A + j] = d[j] * within(w[_S0 + j] + np.float32(ds), ZERO, _LARGEST)
+                w[_LOW + j] = -m[j] * within(w[_T0 + j] + np.float32(dt), ZERO, _LARGEST)
             _errors(t, w, top)
             for j in range(LANES):
                 better = w[_ERR + j] < w[_BEST + j]
                 w[_BEST + j] = w[_ERR + j] if better else w[_BEST + j]
-                s = min(max(w[_S0 + j] + np.float32(ds), ZERO), _LARGEST)
-                o = min(max(w[_T0 + j] + np.float32(dt), ZERO), _LARGEST)
+                s = within(w[_S0 + j] + np.float32(ds), ZERO, _LARGEST)
+                o = within(w[_T0 + j] + np.float32(dt), ZERO, _LARGEST)
                 w[_S + j] = s if better else w[_S + j]
                 w[_T + j] = o if better else w[_T + j]
 

@@ -63,10 +63,15 @@ def inverse(x: Any) -> Any:
 
 
 @compiled
+def within(x: Any, low: Any, high: Any) -> Any:
+    """x, or the bound that it is beyond."""
+    return min(max(x, low), high)
+
+
+@compiled
 def nearest(x: Any, low: Any, high: Any) -> Any:
     """The integer nearest to x within bounds, as float32 (|x| below 2**22)."""
-    rounded = (x + MAGIC) - MAGIC
-    return min(max(rounded, low), high)
+    return within((x + MAGIC) - MAGIC, low, high)
 
 
 @compiled

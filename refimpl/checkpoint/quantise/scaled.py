@@ -28,6 +28,7 @@ from refimpl.checkpoint.quantise.numerics import (
     load_tile,
     nearest,
     store_half,
+    within,
 )
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -56,8 +57,14 @@ _ROWS = 10
 @compiled
 def _step(x: Any) -> Any:
     """Index of x into the tables of the IQ4 numbers."""
-    x = min(max(x, np.float32(_BELOW)), np.float32(_ABOVE - 0.5))
+    x = within(x, np.float32(_BELOW), np.float32(_ABOVE - 0.5))
     return np.int32((x - np.float32(_BELOW)) * np.float32(2.0))
+
+
+@compiled
+def _number(x: Any, even: Any) -> Any:
+    """The number of the set that is nearest to x."""
+    return nearest(x, np.float32(-32.0), np.float32(31.0)) if even else _NUMBER[_step(x)]
 
 
 @compiled
@@ -78,18 +85,11 @@ def _sums(t: Any, w: Any, size: Any, even: Any) -> None:
         w[_SCC + j] = ZERO
         w[_SCX + j] = ZERO
     for i in range(size):
-        if even:
-            for j in range(LANES):
-                v = t[i * LANES + j]
-                c = nearest(v * w[_INV + j], np.float32(-32.0), np.float32(31.0))
-                w[_SCC + j] += c * c
-                w[_SCX + j] += c * v
-        else:
-            for j in range(LANES):
-                v = t[i * LANES + j]
-                c = _NUMBER[_step(v * w[_INV + j])]
-                w[_SCC + j] += c * c
-                w[_SCX + j] += c * v
+        for j in range(LANES):
+            v = t[i * LANES + j]
+            c = _number(v * w[_INV + j], even)
+            w[_SCC + j] += c * c
+            w[_SCX + j] += c * v
 
 
 @compiled
@@ -129,18 +129,10 @@ def _errors(t: Any, w: Any, size: Any, even: Any) -> None:
         w[_INV + j] = inverse(w[_A + j])
         w[_ERR + j] = ZERO
     for i in range(size):
-        if even:
-            for j in range(LANES):
-                v = t[i * LANES + j]
-                c = nearest(v * w[_INV + j], np.float32(-32.0), np.float32(31.0))
-                e = v - c * w[_A + j]
-                w[_ERR + j] += e * e
-        else:
-            for j in range(LANES):
-                v = t[i * LANES + j]
-                c = _NUMBER[_step(v * w[_INV + j])]
-                e = v - c * w[_A + j]
-                w[_ERR + j] += e * e
+        for j in range(LANES):
+            v = t[i * LANES + j]
+            e = v - _number(v * w[_INV + j], even) * w[_A + j]
+            w[_ERR + j] += e * e
 
 
 @compiled
@@ -166,12 +158,12 @@ def _integers(t: Any, w: Any, size: Any, even: Any, least: Any, d: Any) -> None:
         w[_BEST + j] = np.float32(np.inf)
     for ds in range(-1, 2):
         for j in range(LANES):
-            w[_A + j] = d[j] * min(max(w[_S0 + j] + np.float32(ds), least), most)
+            w[_A + j] = d[j] * within(w[_S0 + j] + np.float32(ds), least, most)
         _errors(t, w, size, even)
         for j in range(LANES):
             better = w[_ERR + j] < w[_BEST + j]
             w[_BEST + j] = w[_ERR + j] if better else w[_BEST + j]
-            s = min(max(w[_S0 + j] + np.float32(ds), least), most)
+            s = within(w[_S0 + j] + np.float32(ds), least, most)
             w[_S + j] = s if better else w[_S + j]
 
 
