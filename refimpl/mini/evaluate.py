@@ -136,7 +136,11 @@ def continuations(model: Any, texts: list[str], temperature: float, seed: int = 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: prints JSON."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=data.HERE / "bf16")
     parser.add_argument("--quantise", action="store_true", help="matrices as Q4_0 stores them")
     parser.add_argument("--prompts", action="store_true", help="continue the twenty prompts")

@@ -53,7 +53,11 @@ def export(checkpoint: Path, out: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args(argv)

@@ -110,7 +110,11 @@ def evaluate(folder: Path) -> dict[str, float | int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.ngram", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.ngram",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("data", type=Path, help="folder made by streams")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

@@ -130,7 +130,11 @@ def write(measured: dict[str, Any], out: Path, log_path: Path = LOG) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--measured", type=Path, default=Path("reports/mini.json"))
     parser.add_argument("--log", type=Path, default=LOG)
     parser.add_argument("--out", type=Path, default=Path("reports"))

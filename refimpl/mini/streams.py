@@ -122,7 +122,11 @@ def build(out: Path) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: build everything below OUT and print the figures."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.streams", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.streams",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder for library.npy and tests.npy")
     print(json.dumps(build(parser.parse_args(argv).out), indent=1))
     return 0

@@ -91,7 +91,11 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="refimpl.mini.train_mtp", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="refimpl.mini.train_mtp",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder made by streams")
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
