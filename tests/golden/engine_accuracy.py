@@ -90,7 +90,9 @@ def measure(path: Path, prompts: list[list[int]]) -> dict[str, dict[str, float]]
 
 def main() -> None:
     """Write the figures as JSON and print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/engine_accuracy.json"))
     out = parser.parse_args().out
     config = dataclasses.replace(

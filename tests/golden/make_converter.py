@@ -30,7 +30,9 @@ LONG = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--llama-cpp", type=Path, required=True)
     llama_cpp = parser.parse_args().llama_cpp.resolve()
 

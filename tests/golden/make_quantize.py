@@ -51,7 +51,9 @@ _TO = re.compile(r"\((\w+)\)$")
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--llama-quantize", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="a folder for some 3 GB")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the rest is kept")
