@@ -29,7 +29,6 @@ from refimpl.engine.lanes import shuffler
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
-    F32x8,
     F32x16,
     I8x16,
     I8x32,
@@ -55,27 +54,27 @@ from refimpl.engine.vec import (
     zeros,
 )
 
-(FLOAT, NATURAL, QUADS_8, QUADS_16, QUADS_128, QUADS_MIN, PAIRS, SUPER_MIN, SUPER, SUPER_HALVES,
- BYTES) = range(11)  # fmt: skip
+(FLOAT, NATURAL, QUADS_16, QUADS_MIN, FOURS, SUPER_MIN, SUPER, SUPER_HALVES,
+ BYTES, EIGHTS_8, EIGHTS_128) = range(11)  # fmt: skip
 _GROUP = {  # form: (values in a group, bytes of a group)
-    QUADS_8: (128, 256),
     QUADS_16: (128, 256),
-    QUADS_128: (128, 256),
     QUADS_MIN: (128, 256),
-    PAIRS: (64, 128),
+    FOURS: (128, 192),
     SUPER_MIN: (256, 384),
     SUPER: (256, 384),
     SUPER_HALVES: (256, 384),
+    EIGHTS_8: (256, 384),
+    EIGHTS_128: (256, 384),
 }
 _FORM512 = {
-    ("quads", 8): QUADS_8,
     ("quads", 16): QUADS_16,
-    ("quads", 128): QUADS_128,
     ("quads_min", 0): QUADS_MIN,
-    ("pairs", 128): PAIRS,
+    ("fours", 128): FOURS,
     ("super_min", 0): SUPER_MIN,
     ("super", 32): SUPER,
     ("super_halves", 128): SUPER_HALVES,
+    ("eights", 8): EIGHTS_8,
+    ("eights", 128): EIGHTS_128,
 }
 
 SIGNATURE = types.void(*[types.int64] * 5)
@@ -138,16 +137,16 @@ def prepare(simd: Simd) -> Any:
             if form == NATURAL:
                 _natural(scratch, columns, out, np.int8(0))
             if wide:
-                if form == QUADS_8:
-                    _quads(scratch, columns, out, -8)
+                if form == EIGHTS_8:
+                    _eights(scratch, columns, out, -8)
+                elif form == EIGHTS_128:
+                    _eights(scratch, columns, out, -128)
                 elif form == QUADS_16:
                     _quads(scratch, columns, out, -16)
-                elif form == QUADS_128:
-                    _quads(scratch, columns, out, -128)
                 elif form == QUADS_MIN:
                     _quads(scratch, columns, out, 0)
-                elif form == PAIRS:
-                    _pairs(scratch, columns, out)
+                elif form == FOURS:
+                    _fours(scratch, columns, out)
                 elif form == BYTES:
                     _natural(scratch, columns, out, np.int8(-128))
                 else:
@@ -230,13 +229,39 @@ def _quads(scratch, columns, out, factor):
 
 
 @device(types.void)
-def _pairs(scratch, columns, out):
-    """Groups of 64: two blocks, 128 added to their codes; their scales over eight lanes each."""
+def _eights(scratch, columns, out, factor):
+    """Groups of 256: four times eight codes of each of eight blocks, scales over two lanes each,
+    and `factor` times the sums of the codes of each lane."""
+    padded = _padded(columns)
+    quads = scratch + padded
+    scales = quads + padded
+    for block in range((columns + 255) // 256 * 8):
+        to = out + (block // 8) * 384 + (block % 8) * 8
+        codes = scratch + 32 * block
+        for k in range(4):
+            store_i64(to + 64 * k, load_i64(codes + 8 * k))
+        scale = load_f32(scales + 4 * block)
+        store_f32(to + 256, scale)
+        store_f32(to + 260, scale)
+        four, even, odd = quads + 32 * block, np.int32(0), np.int32(0)
+        for k in range(4):
+            even += load_i32(four + 8 * k)
+            odd += load_i32(four + 8 * k + 4)
+        store_i32(to + 320, np.int32(factor) * even)
+        store_i32(to + 324, np.int32(factor) * odd)
+
+
+@device(types.void)
+def _fours(scratch, columns, out):
+    """Groups of 128: first and last halves of four blocks, 128 added to their codes; their scales
+    over four lanes each."""
     scales = scratch + 2 * _padded(columns)
-    for block in range((columns + 63) // 64 * 2):
-        to = out + (block // 2) * 128 + (block % 2) * 32
-        store(to, load(I8x32, scratch + 32 * block) ^ splat(I8x32, np.int8(-128)))
-        store(to + 64, splat(F32x8, load_f32(scales + 4 * block)))
+    sign = splat(I8x16, np.int8(-128))
+    for block in range((columns + 127) // 128 * 4):
+        to = out + (block // 4) * 192 + (block % 4) * 16
+        store(to, load(I8x16, scratch + 32 * block) ^ sign)
+        store(to + 64, load(I8x16, scratch + 32 * block + 16) ^ sign)
+        store(to + 128, splat(F32x4, load_f32(scales + 4 * block)))
 
 
 @device(types.void)

@@ -5,16 +5,17 @@ summed in integers within a block, scaled in float32, and added to 16 lanes that
 per row. Activations come in the order in which a format's codes fall (`refimpl.engine.
 activations`):
 
-* *quads* (Q4_0, Q5_0, Q5_1, IQ4_NL): four blocks at a time; a vector holds the low nibbles (first
-  16 values) of four blocks, another the high ones, so that four lanes belong to each block;
-* *pairs* (Q8_0): two blocks, eight lanes each;
+* *eights* (Q4_0, IQ4_NL): eight blocks at a time; vector k of four holds codes 8 k .. 8 k + 7 of
+  every block, so that two lanes belong to each block in all of them;
+* *quads* (Q5_0, Q5_1): four blocks at a time; a vector holds the low nibbles (first 16 values) of
+  four blocks, another the high ones, so that four lanes belong to each block;
+* *fours* (Q8_0): the same, where the weights have signs and the activations have none;
 * *super* (Q4_K, Q5_K, Q6_K, IQ4_XS): four vectors of 64 codes of one block of 256, whose 16 scales
   are multiplied with the activations' 16 factors at once and then spread over the lanes. A
   second set of factors adds what does not depend on the codes (minimum or offset).
 
 Such a piece of a row is a *step*: `decoded` gives its codes and scales, `added` adds its products
-with one row of activations. (Two weight rows at a time, which halves the loads of activations, gain
-nothing within the caches and halve the speed at which memory is read.)
+with one row of activations.
 """
 
 from __future__ import annotations
@@ -33,27 +34,32 @@ from refimpl.engine.lanes import (
     join_i8x32,
     literal,
     repeated_halves,
+    shuffler,
+    with_last_i64,
 )
 from refimpl.engine.simd import Simd
+from refimpl.engine.sums import Sums, added, added_all, keep, kept, put
 from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, super_codes
 from refimpl.engine.vec import (
+    F16x16,
     F32x16,
     I8x16,
     I8x32,
     I8x64,
+    I16x32,
     I32x16,
+    I64x8,
     convert,
     fma,
     load,
+    load_i64,
     load_u8,
     load_u16,
     prefetch,
-    reduce_add,
+    reinterpret,
     shift_right,
     splat,
     stack,
-    store,
-    store_f32,
     store_i8,
     zeros,
 )
@@ -76,70 +82,60 @@ def decoded(fmt: Any, w: int) -> Any:
     raise NotImplementedError("only called from compiled kernels")
 
 
-def added(fmt: Any, step: Any, x: int, acc: Any) -> Any:
-    """acc (F32x16) + the products of a decoded step with its activations."""
-    raise NotImplementedError("only called from compiled kernels")
-
-
 def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
     """The compiled kernel of a block format for M = `count`.
 
     Rows of 32-value blocks may have any number of them; the last ones of a row are copied to where
-    a whole step can be read.
+    a whole step can be read. Where the activations of whole rows are too many for the nearest
+    cache, some weight rows together are done piece by piece.
     """
     block_bytes, blocks = fmt.block_bytes, _STEP_BLOCKS[fmt.kind512.partition("_")[0]]
-    size, values = blocks * block_bytes, blocks * fmt.block_values
-    x_size = activation_bytes(fmt)
-
-    most = _ACTIVATION_BYTES // (count * x_size)  # steps whose activations stay in the cache
+    size, values, x_size = blocks * block_bytes, blocks * fmt.block_values, activation_bytes(fmt)
+    sums, most = Sums(count), _ACTIVATION_BYTES // (count * x_size)
+    two, at_once, sums_size = sums.weight_rows > 1, sums.weight_rows, sums.size
 
     @cfunc(SIGNATURE, **OPTIONS)
     def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
         simd  # noqa: B018  # part of the cache key
-        tail, sums = stack(128), stack(4096)
+        tail, kept_sums = stack(320), stack(4096)
         whole, rest = columns // values, columns % values // 32
-        steps = whole + (rest > 0)
-        part, group, ahead = steps, rows, PREFETCH_BYTES
-        if count > 1 and steps > most:
-            part, group, ahead = most, _GROUP_ROWS, 2 * row_bytes
+        part, group, ahead = max(1, whole), rows, PREFETCH_BYTES
+        if two:  # whole pairs of rows
+            ahead = (PREFETCH_BYTES // (2 * row_bytes) + 1) * 2 * row_bytes
+        if count > 1 and whole > most:
+            pieces = (whole + most - 1) // most
+            part, group, ahead = (whole + pieces - 1) // pieces, _GROUP_ROWS, 2 * row_bytes
         for top in range(0, rows, group):
-            for first in range(0, steps, part):
-                stop = min(first + part, steps)
-                for r in range(top, min(top + group, rows)):
-                    at = w + r * row_bytes + first * size
-                    kept = sums + (r - top) * count * 64
-                    a0 = a1 = a2 = a3 = zeros(F32x16)
-                    if first > 0:
-                        a0, a1 = load(F32x16, kept), load(F32x16, kept + 64)
-                        if count > 2:
-                            a2, a3 = load(F32x16, kept + 128), load(F32x16, kept + 192)
-                    for i in range(first, stop):
+            for first in range(0, max(1, whole), part):
+                stop = min(first + part, whole)
+                for r in range(top, min(top + group, rows), at_once):
+                    at, x = w + r * row_bytes + first * size, first * x_size
+                    second = row_bytes if r + 1 < rows else 0  # how far away the other row is
+                    place = kept_sums + (r - top) // at_once * sums_size
+                    total = kept(sums, place, first > 0)
+                    for _ in range(first, stop):
                         for line in range(0, size - 8, 64):
                             prefetch(at + ahead + line)
-                        if i == whole:
-                            at = _copied(tail, at, rest * block_bytes, size)
-                        step = decoded(fmt, at)
+                        step = other = decoded(fmt, at)
+                        if two:
+                            for line in range(0, size - 8, 64):
+                                prefetch(at + second + ahead + line)
+                            other = decoded(fmt, at + second)
+                        xs = (x0, x1, x2, x3)
+                        total = added_all(sums, fmt, (step, other), xs, x, total)
                         at += size
-                        x = i * x_size
-                        a0 = added(fmt, step, x0 + x, a0)
-                        if count > 1:
-                            a1 = added(fmt, step, x1 + x, a1)
-                        if count > 2:
-                            a2 = added(fmt, step, x2 + x, a2)
-                            a3 = added(fmt, step, x3 + x, a3)
-                    if stop < steps:
-                        store(kept, a0)
-                        store(kept + 64, a1)
-                        if count > 2:
-                            store(kept + 128, a2)
-                            store(kept + 192, a3)
+                        x += x_size
+                    if stop < whole:
+                        keep(sums, place, total)
                         continue
-                    store_f32(y0 + 4 * r, reduce_add(a0))
-                    if count > 1:
-                        store_f32(y1 + 4 * r, reduce_add(a1))
-                    if count > 2:
-                        store_f32(y2 + 4 * r, reduce_add(a2))
-                        store_f32(y3 + 4 * r, reduce_add(a3))
+                    if rest:
+                        step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                        if two:
+                            at += second
+                            other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                        xs = (x0, x1, x2, x3)
+                        total = added_all(sums, fmt, (step, other), xs, x, total)
+                    put(sums, (y0, y1, y2, y3), 4 * r, second, total)
 
     return rows512
 
@@ -241,38 +237,96 @@ def _added_quads(fmt):
     return with_offset
 
 
-# ------------------------------------------------------------------ pairs
+# ------------------------------------------------------------------ eights
+
+# Of eight blocks of 18 bytes the first 128: bytes 0..7 and 8..15 of the codes of each (those of
+# the last block lie beyond), and the scales as words.
+_first_eights = shuffler(
+    I8x64, [18 * b + 2 + i if b < 7 else 0 for b in range(8) for i in range(8)]
+)
+_last_eights = shuffler(
+    I8x64, [18 * b + 10 + i if b < 7 else 0 for b in range(8) for i in range(8)]
+)
+_scales_8x18 = shuffler(I16x32, [9 * (i // 2) for i in range(16)])
+
+
+@njit(forceinline=True)
+def _eights(w):
+    """Codes by eights of eight blocks of 18 bytes, and their scales."""
+    a, b = load(I8x64, w), load(I8x64, w + 64)
+    first = reinterpret(I64x8, _first_eights(a, b))
+    last = reinterpret(I64x8, _last_eights(a, b))
+    first = reinterpret(I8x64, with_last_i64(first, load_i64(w + 128)))
+    last = reinterpret(I8x64, with_last_i64(last, load_i64(w + 136)))
+    halves = _scales_8x18(reinterpret(I16x32, a), reinterpret(I16x32, b))
+    d = convert(F32x16, reinterpret(F16x16, halves))
+    low = splat(I8x64, 15)
+    return first & low, last & low, shift_right(first, 4), shift_right(last, 4), d
+
+
+@njit(forceinline=True)
+def _q4_0(w):
+    return _eights(w)
+
+
+@njit(forceinline=True)
+def _iq4_nl(w):
+    c0, c1, c2, c3, d = _eights(w)
+    table = _iq4_unsigned()
+    return lookup64(table, c0), lookup64(table, c1), lookup64(table, c2), lookup64(table, c3), d
+
+
+def _added_eights(fmt):
+    def eights(fmt, step, x, acc):
+        c0, c1, c2, c3, d = step
+        dot = dot64(dot64(load(I32x16, x + 320), c0, load(I8x64, x)), c1, load(I8x64, x + 64))
+        dot = dot64(dot64(dot, c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
+        return fma(convert(F32x16, dot), d * load(F32x16, x + 256), acc)
+
+    return eights
+
+
+# ------------------------------------------------------------------ fours
+
+_even_lanes = shuffler(I64x8, [0, 1, 4, 5, 8, 9, 12, 13])
+_odd_lanes = shuffler(I64x8, [2, 3, 6, 7, 10, 11, 14, 15])
 
 
 @njit(forceinline=True)
 def _q8_0(fmt, w):
-    """Codes of two blocks, -128 times their sums in the lanes, scales."""
-    codes = join_i8x32(load(I8x32, w + 2), load(I8x32, w + 36))
-    sums = dot64(zeros(I32x16), splat(I8x64, -128), codes)  # 128 without sign
-    return codes, zeros(I32x16) - sums, repeated_halves(w, 34, 2)
+    """Codes of four blocks, first and last halves; -128 times their sums in the lanes; scales."""
+    a = reinterpret(I64x8, join_i8x32(load(I8x32, w + 2), load(I8x32, w + 36)))
+    b = reinterpret(I64x8, join_i8x32(load(I8x32, w + 70), load(I8x32, w + 104)))
+    first, last = reinterpret(I8x64, _even_lanes(a, b)), reinterpret(I8x64, _odd_lanes(a, b))
+    shift = splat(I8x64, -128)  # 128 without sign
+    sums = dot64(dot64(zeros(I32x16), shift, first), shift, last)
+    return first, last, zeros(I32x16) - sums, repeated_halves(w, 34, 4)
 
 
-def _added_pairs(fmt):
-    def pairs(fmt, step, x, acc):
-        codes, start, d = step
-        dot = dot64(start, load(I8x64, x), codes)
-        return fma(convert(F32x16, dot), d * load(F32x16, x + 64), acc)
+def _added_fours(fmt):
+    def fours(fmt, step, x, acc):
+        first, last, start, d = step
+        dot = dot64(dot64(start, load(I8x64, x), first), load(I8x64, x + 64), last)
+        return fma(convert(F32x16, dot), d * load(F32x16, x + 128), acc)
 
-    return pairs
+    return fours
 
 
 # ------------------------------------------------------------------ choice
 
-_STEP_BLOCKS = {"quads": 4, "pairs": 2, "super": 1}
+_STEP_BLOCKS = {"eights": 8, "quads": 4, "fours": 4, "super": 1}
 
 
 @overload(decoded, jit_options=_INLINE)
 def _decoded(fmt, w):
     kind = fmt.parameter.kind512
-    if kind == "pairs":
+    if kind == "fours":
         return lambda fmt, w: _q8_0(fmt, w)
     if kind.startswith("quads"):
         return lambda fmt, w: quads(fmt, w)
+    if kind == "eights":
+        iq4 = fmt.parameter.name == "IQ4_NL"
+        return (lambda fmt, w: _iq4_nl(w)) if iq4 else (lambda fmt, w: _q4_0(w))
     if fmt.parameter.name == "Q4_K":
         return lambda fmt, w: q4_k_step(w)
     if fmt.parameter.name == "Q5_K":
@@ -282,5 +336,10 @@ def _decoded(fmt, w):
 
 @overload(added, jit_options=_INLINE)
 def _added(fmt, step, x, acc):
-    kinds = {"quads": _added_quads, "pairs": _added_pairs, "super": added_super}
+    kinds = {
+        "eights": _added_eights,
+        "quads": _added_quads,
+        "fours": _added_fours,
+        "super": added_super,
+    }
     return kinds[fmt.parameter.kind512.partition("_")[0]](fmt)

@@ -86,6 +86,17 @@ def shift_right_by(typingctx, value, bits):
 
 
 @intrinsic
+def with_last_i64(typingctx, value, scalar):
+    """`value` with its last lane replaced."""
+
+    def emit(context, builder, signature, args):
+        last = ir.Constant(ir.IntType(32), value.count - 1)
+        return builder.insert_element(args[0], args[1], last)
+
+    return (value(value, types.int64), emit) if value.element == "i64" else None
+
+
+@intrinsic
 def where_bits(typingctx, value, bits, chosen):
     """`chosen` in the lanes where `value` has any of `bits`, else 0."""
 

@@ -25,7 +25,8 @@ from refimpl.errors import InputError
 SIMD_NAMES = ("avx512", "avx2", "portable")
 _COMPILED = (
     "activations", "attention", "codes", "fields", "formats", "jit", "kernels", "kernels512",
-    "lanes", "maths", "moe", "simd", "step", "supers", "sync", "tiles", "vec", "work", "x86",
+    "lanes", "maths", "moe", "simd", "step", "sums", "supers", "sync", "tiles", "vec",
+    "work", "x86",
 )  # fmt: skip
 _ENVIRONMENT = "REFIMPL_SIMD"
 _NEEDS = {
