@@ -8,7 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.engine_cases import DEPTHS, EMBEDDED, ENGINE, KV_TYPES, LLAMA_DEPTHS, TYPES, depth_case
+from bench.engine_cases import (
+    DEPTHS,
+    EMBEDDED,
+    ENGINE,
+    KV_TYPES,
+    LLAMA_DEPTHS,
+    MTP_TYPES,
+    TYPES,
+    depth_case,
+)
 from bench.engine_figures import Figures, Row, kernels, rows_of
 from bench.engine_run import ROUNDS_FILE, all_rounds
 from bench.interleave import Ratio, Round, quiet_rounds
@@ -39,6 +48,7 @@ def write_report(data: Path, out: Path) -> tuple[list[dict[str, str]], list[Path
         RunFileError: there are no rounds, or they cannot be read.
         OSError: a file cannot be written.
     """
+    from bench import start_up
     from bench.engine_plots import figures_of
     from bench.residency import read_samples
     from bench.residency_report import FILE, section
@@ -59,7 +69,8 @@ def write_report(data: Path, out: Path) -> tuple[list[dict[str, str]], list[Path
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = [p for p in written if p.suffix == ".png"]
     text = report_text(figures, os.path.relpath(data, out.parent), [p.stem for p in pictures])
-    for paragraph in section(read_samples(data / FILE)):
+    beside = start_up.section(start_up.read_record(data / start_up.FILE))
+    for paragraph in beside + section(read_samples(data / FILE)):
         text += f"\n{paragraph}\n"
     write_whole(out, text.encode())
     return [row_json(row) for row in rows_of(figures)], [*written, samples, out]
@@ -127,7 +138,7 @@ def report_text(f: Figures, folder: str, pictures: Iterable[str]) -> str:
     )
     if any(f.newest(name) for name in _VARIANT_CASES):
         parts += ["## Variants of llama.cpp", _VARIANTS, markdown(*_variants(f))]
-    parts += ["## Verification of drafts", markdown(*_verification(f))]
+    parts += ["## Verification of drafts", markdown(*_verification(f)), _mtp_share(f)]
     parts += ["## Rounds", _method(folder), markdown(*_rounds(f))]
     return "\n\n".join(parts) + "\n"
 
@@ -235,6 +246,30 @@ def _verification(f: Figures) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     header = ("model", "tokens in a step", "time of the step, ms", "bytes, MB",
               "share of read bandwidth", "time over that of one token scaled by bytes")  # fmt: skip
     return header, rows
+
+
+def _mtp_share(f: Figures) -> str:
+    """What one draft reads beside a plain step: measured models, and the published one."""
+    from hwmodel.catalogue import find_model
+    from hwmodel.operations import draft_bytes, step_counts
+    from hwmodel.quant import load_quant
+
+    shares = []
+    for name in (*(f"{kind}-mtp3" for kind in MTP_TYPES), EMBEDDED):
+        found = f.mtp_share(name)
+        if found is not None:
+            shares.append(f"{found[0] / 1e6:,.1f} MB or {found[1]:.0%} on {name}")
+    model, quant = find_model("step-3.5-flash"), load_quant("q4_k_s")
+    layer = draft_bytes(model, quant, 1)
+    whole = sum(step_counts(model, quant, depth=0, rows=1).weight_bytes.values())
+    shares.append(
+        f"{layer / 1e6:,.0f} MB or {layer / whole:.1%} in the published model at {quant.name}, "
+        "counted from its tensors"
+    )
+    return (
+        "To make one draft, an MTP layer and its head are read. That is, beside the bytes of a "
+        f"step without drafts: {'; '.join(shares)}."
+    )
 
 
 def _method(folder: str) -> str:

@@ -161,12 +161,23 @@ class Figures:
         kind = model.partition("-mtp")[0]
         plain = self.step_bytes(f"verify-{kind}", "1 rows")
         verify = self.step_bytes(f"verify-{kind}", f"{drafts + 1} rows")
-        found = [m for r in self.newest(f"drafts-{model}") for m in r.arms.values()]
-        if plain is None or verify is None or not found:
+        layers = self._mtp_layers(model)
+        if plain is None or verify is None or layers is None:
             return None
-        layers = found[-1].record.get("mtp_layer_bytes") or []
         tokens = 1 + float(np.cumprod(rates[:drafts]).sum())
         return tokens * plain / (verify + sum(layers[:drafts]))
+
+    def mtp_share(self, model: str) -> tuple[float, float] | None:
+        """Bytes of the first MTP layer with its head, and their share of those that a step of
+        one token reads; None where either was not counted."""
+        plain = self.step_bytes(f"verify-{model.partition('-mtp')[0]}", "1 rows")
+        layers = self._mtp_layers(model)
+        return (layers[0], layers[0] / plain) if plain and layers else None
+
+    def _mtp_layers(self, model: str) -> list[float] | None:
+        """Stored bytes of each MTP layer with its head, of a model whose drafts were timed."""
+        found = [m for r in self.newest(f"drafts-{model}") for m in r.arms.values()]
+        return (found[-1].record.get("mtp_layer_bytes") or []) if found else None
 
     def rates(self, model: str) -> tuple[float, ...]:
         """Chances that drafts stand: simulated ones as given, real ones as measured with three

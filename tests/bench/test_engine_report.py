@@ -192,6 +192,8 @@ def test_drafts_are_judged_by_the_bound_of_bytes() -> None:
                                        "mtp auto": measured(60.0, **loop)}),
     ])  # fmt: skip
     assert figures.draft_bound("q4_0-mtp3", 1, (0.88, 0.77, 0.69)) == pytest.approx(1.88 / 1.6)
+    assert figures.mtp_share("q4_0-mtp3") == pytest.approx((70e6, 70e6 / PLAIN_BYTES))
+    assert figures.mtp_share("q8_0-mtp3") is None
     assert row(figures, "drafts (auto) over none, q4_0").verdict == "reached"
     share = row(figures, "drafts (auto), share of the bound, q4_0")
     best = max((1 + 0.88) / 1.6, (1 + 0.88 + 0.88 * 0.77) / 2.2)
