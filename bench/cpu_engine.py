@@ -258,12 +258,12 @@ def _mtp_share(f: Figures) -> str:
     for name in (*(f"{kind}-mtp3" for kind in MTP_TYPES), EMBEDDED):
         found = f.mtp_share(name)
         if found is not None:
-            shares.append(f"{found[0] / 1e6:,.1f} MB or {found[1]:.0%} on {name}")
+            shares.append(f"{found[0] / 1e6:,.1f} MB or {100 * found[1]:.0f} % on {name}")
     model, quant = find_model("step-3.5-flash"), load_quant("q4_k_s")
     layer = draft_bytes(model, quant, 1)
     whole = sum(step_counts(model, quant, depth=0, rows=1).weight_bytes.values())
     shares.append(
-        f"{layer / 1e6:,.0f} MB or {layer / whole:.1%} in the published model at {quant.name}, "
+        f"{layer / 1e6:,.0f} MB or {100 * layer / whole:.1f} % in the published model at {quant.name}, "
         "counted from its tensors"
     )
     return (
