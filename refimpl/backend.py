@@ -48,6 +48,11 @@ class Cache(Protocol):
     def rollback(self, n: int) -> None:
         """Forget the trunk's last `n` rows (rejected drafts); `n` is at most 3."""
 
+    def shorten_history(self, keep: int) -> None:
+        """Of the rows that wait for the MTP layers (`Backend.draft` runs them when drafting
+        begins), all but the newest `keep` may be left out: drafts then rest on less of the text
+        and are judged as ever. A backend may ignore it."""
+
     def export(self) -> dict[str, Array]:
         """Everything that is needed to go on from here, by name (see `decoding.state`)."""
 

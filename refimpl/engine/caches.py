@@ -11,6 +11,7 @@ from refimpl.backend import Array, Tokens
 from refimpl.config import LayerSpec, ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS, require_rows, take, take_tokens
 from refimpl.engine.attention import KvType
+from refimpl.engine.drafting import MtpState
 from refimpl.engine.fields import Kv
 from refimpl.engine.memory import Bytes, address, round_up, zeroed
 from refimpl.errors import InputError
@@ -135,50 +136,6 @@ class LayerKv:
                 flat[at : at + count] = block[: view.size - at]
 
 
-class MtpState:
-    """What drafting keeps: per MTP layer the rows done, and hidden rows that wait for it.
-
-    `pending[k]` are rows of MTP layer k's input from position `start[k]` on whose following token
-    was not verified, or that have not been needed yet. Rows that no later draft can see are
-    dropped: layer k needs at most (layers - k) windows of them.
-    """
-
-    def __init__(self, layers: int, window: int) -> None:
-        self.pending: list[list[Array]] = [[] for _ in range(layers)]
-        self.start = [0] * layers
-        self.rows = 0
-        self._window = window
-
-    def add(self, level: int, rows: Array) -> None:
-        """Queue rows (R, H) of a layer and drop those that nothing will need."""
-        if level >= len(self.pending) or not len(rows):
-            return
-        queue = self.pending[level]
-        queue.append(np.array(rows, dtype=np.float32))
-        needed = (len(self.pending) - level) * self._window + SPECULATIVE_ROWS
-        while len(queue) > 1 and sum(map(len, queue[1:])) >= needed:
-            self.start[level] += len(queue.pop(0))
-
-    def begin(self, level: int, position: int) -> None:
-        """The next rows of a layer start at `position`; after a gap, those before it go."""
-        if self.start[level] + sum(map(len, self.pending[level])) != position:
-            self.pending[level], self.start[level] = [], position
-
-    def take(self, level: int) -> tuple[int, list[Array]]:
-        """Position of the first queued row, and the rows; the queue is then empty."""
-        rows, self.pending[level] = self.pending[level], []
-        return self.start[level], rows
-
-    def snapshot(self) -> tuple[Any, ...]:
-        """What `restore` needs; queued rows are never written to, only lists are."""
-        return [list(queue) for queue in self.pending], list(self.start), self.rows
-
-    def restore(self, snapshot: tuple[Any, ...]) -> None:
-        """Back to the moment of the snapshot."""
-        pending, start, self.rows = snapshot
-        self.pending, self.start = [list(queue) for queue in pending], list(start)
-
-
 class EngineCache:
     """Keys and values of one sequence: trunk layers, MTP layers, and what drafting keeps."""
 
@@ -193,7 +150,7 @@ class EngineCache:
         ]
         n = config.num_hidden_layers
         window = max((s.window or capacity for s in config.mtp), default=0)
-        self.mtp = MtpState(config.num_layers - n, window)
+        self.mtp = MtpState([layer.record for layer in self.layers[n:]], window)
         addresses = [address(layer.record) for layer in self.layers]
         self.table: NDArray[np.int64] = np.array(addresses, dtype=np.int64)
 
@@ -214,14 +171,22 @@ class EngineCache:
         self.undoable -= n
         del self.tokens[self.length - n :]
 
+    def shorten_history(self, keep: int) -> None:
+        """See `refimpl.backend.Cache.shorten_history`."""
+        self.mtp.shorten(keep)
+
     def export(self) -> dict[str, Array]:
         """tokens (T,), `LayerKv.export` of every layer as kv.I, and of the MTP layers mtp.rows
-        (1,), mtp.start (layers,) and, where rows wait, mtp.pending.K (R, H)."""
+        (1,), mtp.start (layers,), where earlier rows were left out mtp.first (layers,) and, where
+        rows wait, mtp.pending.K (R, H)."""
         made: dict[str, Array] = {"tokens": np.array(self.tokens, dtype=np.int64)}
         for i, layer in enumerate(self.layers):
             made |= layer.export(f"kv.{i}", self._rows_of(i, self.length, self.mtp.start))
         made["mtp.rows"] = np.array([self.mtp.rows])
         made["mtp.start"] = np.array(self.mtp.start, dtype=np.int64)
+        first = np.array([self.mtp.first(k) for k in range(len(self.mtp.start))], dtype=np.int64)
+        if first.any():
+            made["mtp.first"] = first
         for k, rows in enumerate(self.mtp.pending):
             if rows:
                 made[f"mtp.pending.{k}"] = np.concatenate(rows)
@@ -245,6 +210,11 @@ class EngineCache:
             require_rows(k, rows, start[k], len(pending), len(tokens))
             mtp.add(k, pending)
         mtp.rows, mtp.start = rows, start
+        if "mtp.first" in arrays:
+            first = take(arrays, "mtp.first", (len(start),), np.int64).tolist()
+            for k, position in enumerate(first):
+                require_rows(k, rows, position, rows - position if k == 0 else 0, len(tokens))
+                mtp.set_first(k, position)
         for i, layer in enumerate(self.layers):
             layer.refill(f"kv.{i}", self._rows_of(i, len(tokens), start), arrays)
         self.tokens, self.undoable = tokens, min(len(tokens), SPECULATIVE_ROWS)
@@ -273,7 +243,8 @@ class EngineCache:
             layer.fill_synthetic(rng)
         n = len(ids)
         self.tokens, self.undoable = ids, min(n, SPECULATIVE_ROWS)
-        self.mtp.restore(([[] for _ in self.mtp.start], [n] * len(self.mtp.start), n))
+        levels = len(self.mtp.start)
+        self.mtp.restore(([[] for _ in range(levels)], [n] * levels, [0] * levels, n))
 
     def snapshot(self) -> tuple[Any, ...]:
         """See `refimpl.backend.Cache.snapshot`."""

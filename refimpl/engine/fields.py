@@ -28,12 +28,15 @@ class Matrix(IntEnum):
     KERNEL_1 = 7
     KERNEL_2 = 8
     KERNEL_4 = 9
-    UNPACK = 10  # addresses of tiles.unpacking and tiles.multiplying, or 0
+    UNPACK = 10  # addresses of the two functions of a tiles.Tiling
     MULTIPLY = 11
     TILE_BYTES = 12  # of 16 unpacked rows
     TILE_FORM_OFFSET = 13  # where the activations for tiles lie in a blob
     PLACES = 14  # addresses of the matrices of a stack that is not all in memory, else 0
-    SIZE = 15
+    TILE_COLUMNS = 15  # most columns unpacked at a time
+    TILE_UNIT = 16  # rows of one unit of work with many rows of activations
+    TILE_TOKENS = 17  # most rows of activations of one call of MULTIPLY
+    SIZE = 18
 
 
 class Layer(IntEnum):
@@ -84,7 +87,8 @@ class Kv(IntEnum):
     KEY_SCALES = 2
     VALUE_SCALES = 3
     SLOTS = 4
-    SIZE = 5
+    FIRST = 5  # position before which nothing is looked at
+    SIZE = 6
 
 
 class Step(IntEnum):

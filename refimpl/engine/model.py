@@ -16,6 +16,7 @@ from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.attention import KV_TYPES, KvType
 from refimpl.engine.budget import planned_slots
 from refimpl.engine.caches import EngineCache, cache_bytes
+from refimpl.engine.drafting import draft_chain
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.memory import Bytes, require_memory
 from refimpl.engine.program import Program
@@ -170,47 +171,20 @@ class EngineModel:
         depth: int,
         choose: Callable[[Array], int],
     ) -> list[int]:
-        """Feed verified rows to the MTP layers and draft up to `depth` tokens.
-
-        Layer k's row t takes the embedding of x_{t+1+k} and, for k = 0, the trunk's hidden row,
-        else layer k-1's output at t (see `refimpl.reference.mtp`). Rows whose token is a draft
-        are computed again once it is verified.
-        """
+        """Feed verified rows to the MTP layers and draft up to `depth` tokens; see
+        `refimpl.engine.drafting`."""
         own = self._own(cache)
         layers = self.config.num_nextn_predict_layers
         if not 0 <= depth <= layers:
             raise InputError(f"{depth} drafts asked for; the model has {layers} MTP layers")
         if not layers:
             return []
-        n, state = own.length, own.mtp
-        if len(hidden) != len(next_tokens) or state.rows + len(hidden) != n or not len(hidden):
-            raise ValueError(
-                f"draft() was given rows up to {state.rows + len(hidden)} with "
-                f"{len(next_tokens)} tokens after {n} trunk tokens; every verified row must be "
-                "passed once, in order"
-            )
-        newest = self._ids(next_tokens)[-1:].tolist()
-        state.rows = n
-        state.add(0, hidden)
-        drafts: list[int] = []
-        carried = np.empty((0, self.config.hidden_size), dtype=np.float32)
-        for k in range(depth):
-            start, waiting = state.take(k)
-            u = np.concatenate([*waiting, carried])  # (R, H)
-            positions = range(start + k + 1, start + k + 1 + len(u))
-            tail = [*newest, *drafts]
-            ids = [own.tokens[i] if i < n else tail[i - n] for i in positions]
-            rows, logits = self._mtp_rows(k, u, ids, start, own)
-            verified = max(0, min(len(u), n - k - start))  # rows whose token is no draft
-            state.start[k] = start + verified
-            waiting_again = u[verified : len(u) - len(carried)]
-            state.add(k, waiting_again)
-            if k + 1 < layers:
-                state.begin(k + 1, start)
-                state.add(k + 1, rows[:verified])
-            carried = rows[verified:]
-            drafts.append(int(choose(logits)))
-        return drafts
+        following = self._ids(next_tokens).tolist()
+
+        def run(k: int, u: Array, ids: list[int], start: int) -> tuple[Array, Array]:
+            return self._mtp_rows(k, u, ids, start, own)
+
+        return draft_chain(own.mtp, own.tokens, hidden, following, depth, choose, run)
 
     def working_memory(self) -> list[Bytes]:
         """The arrays that activations live in; their pages are taken when first used."""

@@ -54,6 +54,9 @@ class ReferenceCache:
             layer.rollback(n)
         del self.tokens[self.length - n :]
 
+    def shorten_history(self, keep: int) -> None:
+        """See `refimpl.backend.Cache.shorten_history`; the reference leaves nothing out."""
+
     def export(self) -> dict[str, Array]:
         """tokens (T,), kv.I per trunk layer as `LayerCache.newest`, and `MtpCache.export`."""
         made: dict[str, Array] = {"tokens": np.array(self.tokens, dtype=np.int64)}

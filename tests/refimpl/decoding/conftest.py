@@ -61,6 +61,9 @@ class FakeCache:
         assert 0 <= n <= 3
         del self.tokens[len(self.tokens) - n :]
 
+    def shorten_history(self, keep: int) -> None:
+        assert keep > 0
+
     def snapshot(self) -> tuple[int, int]:
         return len(self.tokens), self.fed
 
