@@ -187,6 +187,7 @@ def _heads(step, layer, cache, mine, count):
     lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
     heads, window = field(layer, Layer.HEADS) // groups, field(layer, Layer.WINDOW)
     slots, start = field(cache, Kv.SLOTS), field(step, Step.START)
+    earliest = field(cache, Kv.FIRST)
     blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
     counters = claims(step, mine)
     while True:
@@ -195,7 +196,7 @@ def _heads(step, layer, cache, mine, count):
             return
         t, g = unit // groups, unit % groups
         last = start + t
-        first = max(0, last - window + 1) if window else 0
+        first = max(earliest, last - window + 1) if window else earliest
         at = 4 * g * heads
         call_address(
             field(step, Step.ATTEND),
