@@ -35,6 +35,7 @@ from hwmodel.errors import RequestError
 
 ENGINES = ("refimpl", "refimpl-reference", "llama.cpp", "http://...")
 LOCAL = "local"
+_DROPPED = ("an answer without text", "the answer stopped midway")
 _PROBE_BYTES = 1 << 30
 _PROBE_REPETITIONS = 12
 
@@ -328,19 +329,24 @@ def _served(
         remarks.append(f"incomplete: {asked - whole} of {asked} requests ({'; '.join(errors[:3])})")
     if short := sum(r["short_answers"] for r in records):
         remarks.append(f"{short} answers of fewer than two tokens left out")
+    if record["concurrency"] > 1 and any(e.startswith(_DROPPED) for e in errors):
+        remarks.append(
+            "a server that drops an answer when the next is asked has one user, not more"
+        )
     remarks.append(f"tokens counted by {record['tokens_counted_by']}")
-    for key in ("tpot_s", "itl_median_s", "itl_p99_s", "aggregate_tok_s", "acceptance",
-                "reasoning_tokens"):  # fmt: skip
+    for key in ("tpot_s", "itl_median_s", "itl_p99_s", "aggregate_tok_s", "drafted", "accepted",
+                "acceptance", "acceptance_length", "reasoning_tokens"):  # fmt: skip
         value = middle(key)
         extra[key] = "" if value is None else f"{value:.5g}"
+    if told_by := record.get("acceptance_told_by"):
+        remarks.append(f"acceptance as told by {told_by}")
     ttft = middle("ttft_s")
-    drafted = record.get("acceptance") is not None
     name = str(record.get("model_filename") or record["model"]).removesuffix(".gguf")
     return {
         "model": name,
         "quant": _quant_in(name),
         "backend": "",
-        "mtp": "yes" if drafted else "",
+        "mtp": _drafts(middle("acceptance_length"), middle("drafts_a_step"), middle("acceptance")),
         "batch_concurrency": float(record["concurrency"]),
         "prompt_tokens": middle("n_prompt"),
         "context_depth": middle("n_prompt"),
@@ -350,6 +356,14 @@ def _served(
         "ttft_ms": None if ttft is None else 1e3 * ttft,
         **({"fit_ok": "no"} if whole < asked else {}),
     }
+
+
+def _drafts(length: float | None, each: float | None, share: float | None) -> str:
+    """Drafts a step and what was accepted of them, as the tidy column has it."""
+    if length is None and share is None:
+        return ""
+    told = f"accept length {length:.2f}" if length is not None else f"accept rate {share:.2f}"
+    return f"{each:.0f} drafts, {told}" if each else told
 
 
 def _quant_in(name: str) -> str:

@@ -12,15 +12,13 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from bench.runners.acceptance import acceptance, ask_server
 from bench.runners.base import Measurement, RunnerError, RunnerTest
 from bench.runners.stream import Answer, Client
 from bench.runners.texts import CHARACTERS_A_TOKEN, prompt
 
 Keep = Callable[[dict[str, Any]], None]
 
-_COUNTERS = re.compile(
-    r"^vllm:spec_decode_num_(draft|accepted)_tokens(?:_total)?(?:\{[^}]*\})?\s+([\d.eE+]+)", re.M
-)
 # Numbers of prompts: no two alike in a process, nor in two that follow each other, since a server
 # may have kept what it computed for an earlier one.
 _NUMBERS = itertools.count(int(time.time()) % 1_000_000)
@@ -81,15 +79,25 @@ class EndpointRunner:
     def engine(self) -> str:
         """vLLM, SGLang or llama.cpp, as the endpoint tells; else 'openai-compatible'."""
         said = str(self._listed.get("owned_by", "")).lower()
-        if "build_info" in self._props:
+        if "build_info" in self._props or self._python_server:
             return "llama.cpp"
         return next((name for word, name in _ENGINES if word in said), "openai-compatible")
 
     @cached_property
+    def _python_server(self) -> str:
+        """Version of llama-cpp-python, whose server names itself in its description only."""
+        info = self._client.get_json("/openapi.json").get("info")
+        if not isinstance(info, dict) or "llama.cpp python" not in str(info.get("title")).lower():
+            return ""
+        return f"llama-cpp-python {info.get('version', '')}".strip()
+
+    @cached_property
     def version(self) -> str:
         """Build, as the endpoint tells, or empty."""
-        told = self._props.get("build_info") or self._client.get_json("/version").get("version")
-        return str(told or "")
+        told = self._props.get("build_info") or self._python_server
+        if not told and self.engine == "SGLang":
+            told = self._client.get_json("/server_info").get("version")
+        return str(told or self._client.get_json("/version").get("version") or "")
 
     def measure(self, test: RunnerTest) -> Measurement:
         """Ask `requests` times with prompts of about `n_prompt` tokens, `n_gen` new ones each.
@@ -101,7 +109,7 @@ class EndpointRunner:
             RunnerError: no request gave two tokens; the first one's error is told.
         """
         self._warm_up(test)
-        before, began = self._drafts(), time.perf_counter()
+        before, began = ask_server(self._client, self.engine), time.perf_counter()
         answers = self._all(test)
         seconds = time.perf_counter() - began
         whole = [a for a in answers if not a.error]
@@ -110,7 +118,7 @@ class EndpointRunner:
         if not used:
             why = next((a.error for a in answers if a.error), "answers of less than two tokens")
             raise RunnerError(f"{self._client.where}: {why}")
-        drafts = self._acceptance(answers, before)
+        drafts = acceptance(answers, before, ask_server(self._client, self.engine))
         record = {**self._facts(), **self._summary(test, answers, used, seconds), **drafts,
                   "complete": len(whole)}  # fmt: skip
         return Measurement(
@@ -131,18 +139,23 @@ class EndpointRunner:
         """
         characters = round(max(64, test.n_prompt) * (self._per_token or CHARACTERS_A_TOKEN))
         answer = self._ask(test, characters, 2, "warm-up")
+        counted, refusal = answer.prompt_tokens, ""
+        if not answer.arrivals or not counted:
+            counted, refusal = self._client.at_once(self._body(next(_NUMBERS), characters, 1))
         if answer.error and not answer.arrivals:
-            raise RunnerError(f"{self._client.where}: {answer.error}")
-        if answer.prompt_tokens:
-            self._per_token = min(12.0, max(0.5, characters / answer.prompt_tokens))
+            raise RunnerError(f"{self._client.where}: {refusal or answer.error}")
+        if counted:
+            self._per_token = min(12.0, max(0.5, characters / counted))
 
-    def _ask(self, test: RunnerTest, characters: int, tokens: int, kind: str) -> Answer:
-        number = next(_NUMBERS)
-        answer = self._client.ask({
+    def _body(self, number: int, characters: int, tokens: int) -> dict[str, Any]:
+        return {
             "model": self.model, "stream": True, "stream_options": {"include_usage": True},
             "temperature": 0, "max_tokens": tokens,
             "messages": [{"role": "user", "content": prompt(number, characters)}],
-        })  # fmt: skip
+        }  # fmt: skip
+
+    def _ask(self, test: RunnerTest, characters: int, tokens: int, kind: str) -> Answer:
+        answer = self._client.ask(self._body(next(_NUMBERS), characters, tokens))
         about = {"endpoint": self._client.where, "kind": kind, "concurrency": self._concurrency}
         self._keep({**about, **answer.json()})
         return answer
@@ -199,6 +212,7 @@ class EndpointRunner:
         prompts = [a.prompt_tokens for a in used if a.prompt_tokens]
         errors = [a.error for a in answers if a.error]
         reasoning = [a.reasoning_tokens for a in used if a.reasoning_tokens is not None]
+        pieces = sum(a.reasoning_pieces for a in used)
         counted = all(a.completion_tokens == a.tokens for a in used)
         prefill = [a.server["prompt_per_second"] for a in used if _prefilled_all(a)]
         return {
@@ -207,10 +221,10 @@ class EndpointRunner:
             "errors": errors,
             "n_gen": round(median(a.tokens for a in used)),
             "n_prompt": round(median(prompts)) if prompts else test.n_prompt,
-            "prompt_counted": bool(prompts),
+            "prompt_counted": bool(prompts or self._per_token),
             "tokens_counted_by": "server" if counted else "pieces",
-            "reasoning_tokens": sum(reasoning) if reasoning else None,
-            "reasoning_pieces": sum(a.reasoning_pieces for a in used),
+            "reasoning_tokens": sum(reasoning) if reasoning else pieces or None,
+            "reasoning_pieces": pieces,
             "ttft_s": median(a.arrivals[0] for a in used),
             "tpot_s": median(_tpot(a) for a in used),
             "itl_median_s": median(gaps),
@@ -219,30 +233,6 @@ class EndpointRunner:
             "server_prefill_tok_s": median(prefill) if prefill and self._concurrency == 1 else None,
             "short_answers": sum(not a.error and a.tpot_s is None for a in answers),
         }
-
-    def _drafts(self) -> dict[str, float]:
-        """vLLM's counters of drafts, where it has them."""
-        if self.engine != "vLLM":
-            return {}
-        try:
-            text = self._client.get("/metrics")
-        except RunnerError:
-            return {}
-        found: dict[str, float] = {}
-        for kind, value in _COUNTERS.findall(text):
-            found[kind] = found.get(kind, 0.0) + float(value)
-        return found
-
-    def _acceptance(self, answers: Sequence[Answer], before: dict[str, float]) -> dict[str, Any]:
-        drafted = sum(a.drafted or 0 for a in answers)
-        accepted = sum(a.accepted or 0 for a in answers)
-        after = self._drafts() if before else {}
-        if after:
-            drafted = round(after.get("draft", 0) - before.get("draft", 0))
-            accepted = round(after.get("accepted", 0) - before.get("accepted", 0))
-        if drafted <= 0:
-            return {"drafted": None, "accepted": None, "acceptance": None}
-        return {"drafted": drafted, "accepted": accepted, "acceptance": accepted / drafted}
 
 
 def _prefilled_all(answer: Answer) -> bool:

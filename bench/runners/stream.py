@@ -20,6 +20,15 @@ from bench.runners.base import RunnerError
 _LONGEST_LINE = 1 << 20
 _MOST_BYTES = 64 << 20
 _SHOWN = 80
+_OPEN, _CLOSE = "<think>", "</think>"
+# drafted, accepted, steps: see bench.runners.acceptance
+_TIMINGS = (("draft_n",), ("draft_n_accepted",), ())
+_METRICS = (("num_draft_tokens",), ("num_accepted_draft_tokens",), ("num_spec_steps",))
+_META_INFO = (
+    ("spec_draft_token_num", "spec_proposed_drafts", "spec_num_proposed_drafts"),
+    ("spec_accept_token_num", "spec_accepted_drafts", "spec_num_correct_drafts"),
+    ("spec_verify_ct",),
+)
 _MOST_TOKENS_A_PIECE = 64  # drafts and batched sending included; more is no honest count
 
 
@@ -29,9 +38,11 @@ class Answer:
 
     Attributes:
         arrivals: when each piece with text came.
-        reasoning_pieces: those of them that are reasoning.
+        reasoning_pieces: those of them that are reasoning: sent as such, or before `</think>` in
+            the text of a server that does not take it apart.
         prompt_tokens, completion_tokens, reasoning_tokens: as the server counts them, else None.
-        drafted, accepted: draft tokens as the server reports them, else None.
+        drafted, accepted, draft_steps: draft tokens and the steps that verified them, as the
+            server reports them (`bench.runners.acceptance`), else None.
         server: the server's own timings, where it gives any (llama-server).
         ended_s: when the stream ended; None where it never began.
         error: what went wrong, or empty.
@@ -45,6 +56,7 @@ class Answer:
     reasoning_tokens: int | None = None
     drafted: int | None = None
     accepted: int | None = None
+    draft_steps: int | None = None
     server: dict[str, float] = field(default_factory=dict)
     finish_reason: str = ""
     ended_s: float | None = None
@@ -154,6 +166,24 @@ class Client:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def at_once(self, body: Mapping[str, Any]) -> tuple[int | None, str]:
+        """Ask without streaming for one token: tokens of the prompt, or None, and the refusal, or
+        empty. llama-cpp-python's server tells neither in a stream."""
+        connection = self.connection()
+        whole = {k: v for k, v in body.items() if k not in ("stream", "stream_options")}
+        try:
+            path = self._base + "/v1/chat/completions"
+            connection.request("POST", path, json.dumps({**whole, "max_tokens": 1}), self._headers)
+            response = connection.getresponse()
+            data = response.read(_LONGEST_LINE)
+            if response.status != 200:
+                return None, _refusal(response.status, data)
+            return _whole(json.loads(data)["usage"]["prompt_tokens"], None) or None, ""
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+            return None, ""
+        finally:
+            connection.close()
+
     def ask(self, body: Mapping[str, Any]) -> Answer:
         """Send one request and read its answer to the end."""
         answer, connection = Answer(started=time.time()), self.connection()
@@ -212,10 +242,13 @@ def _refusal(status: int, data: bytes) -> str:
 def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: float) -> None:
     """Events until [DONE], the end, or something that is no event.
 
+    An answer that nothing finished was broken off, also where [DONE] follows: llama-cpp-python's
+    server drops one answer so when the next is asked for.
+
     Raises:
         OSError, http.client.HTTPException: the connection failed.
     """
-    seen = 0
+    seen, heard = 0, _Heard()
     while line := response.readline(_LONGEST_LINE):
         now, seen = time.perf_counter() - began, seen + len(line)
         if seen > _MOST_BYTES or (len(line) >= _LONGEST_LINE and not line.endswith(b"\n")):
@@ -228,10 +261,8 @@ def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: floa
             return
         data = line[5:].strip()
         if data == b"[DONE]":
-            if not answer.arrivals and not answer.finish_reason:
-                answer.error = "an answer without text"
-            return
-        if not _take(data, answer, now):
+            break
+        if not _take(data, answer, now, heard):
             return
     if not answer.finish_reason:
         count = len(answer.arrivals)
@@ -240,7 +271,27 @@ def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: floa
         )  # fmt: skip
 
 
-def _take(data: bytes, answer: Answer, now: float) -> bool:
+@dataclass
+class _Heard:
+    """The text of an answer so far, as far as it decides what is reasoning."""
+
+    begins: str = ""
+    ends: str = ""
+    marked: bool = False  # reasoning comes apart from the text
+
+    def add(self, text: str, answer: Answer) -> None:
+        """Count pieces before `</think>`, or all of a text that opened `<think>`, as reasoning."""
+        if self.marked:
+            return
+        self.begins = (self.begins + text).lstrip()[: len(_OPEN)]
+        self.ends = self.ends[1 - len(_CLOSE) :] + text
+        if _CLOSE in self.ends:
+            answer.reasoning_pieces, self.marked = len(answer.arrivals), True
+        elif self.begins == _OPEN:
+            answer.reasoning_pieces = len(answer.arrivals)
+
+
+def _take(data: bytes, answer: Answer, now: float, heard: _Heard) -> bool:
     """One event into the answer; whether the stream goes on."""
     try:
         event = json.loads(data)
@@ -254,7 +305,12 @@ def _take(data: bytes, answer: Answer, now: float) -> bool:
             reasoning = delta.get("reasoning_content") or delta.get("reasoning")
             if reasoning or delta.get("content"):
                 answer.arrivals.append(now)
-                answer.reasoning_pieces += bool(reasoning)
+                if reasoning:
+                    answer.reasoning_pieces += 1
+                    heard.marked = True
+                else:
+                    heard.add(str(delta["content"]), answer)
+            _drafts_of(choice.get("meta_info") or {}, answer, _META_INFO)
             answer.finish_reason = str(choice.get("finish_reason") or answer.finish_reason)
         _count(event, answer)
     except (ValueError, AttributeError, TypeError, RecursionError):
@@ -264,19 +320,27 @@ def _take(data: bytes, answer: Answer, now: float) -> bool:
 
 
 def _count(event: Mapping[str, Any], answer: Answer) -> None:
-    """What the server counts: usage (OpenAI), timings (llama-server)."""
+    """What the server counts: usage (OpenAI), timings (llama-server), metrics (vLLM)."""
     usage = event.get("usage") or {}
     details = usage.get("completion_tokens_details") or {}
     answer.prompt_tokens = _whole(usage.get("prompt_tokens"), answer.prompt_tokens)
     answer.completion_tokens = _whole(usage.get("completion_tokens"), answer.completion_tokens)
     answer.reasoning_tokens = _whole(details.get("reasoning_tokens"), answer.reasoning_tokens)
     timings = event.get("timings") or {}
-    answer.drafted = _whole(timings.get("draft_n"), answer.drafted)
-    answer.accepted = _whole(timings.get("draft_n_accepted"), answer.accepted)
+    _drafts_of(timings, answer, _TIMINGS)
+    _drafts_of((event.get("metrics") or {}).get("speculative_decoding") or {}, answer, _METRICS)
+    _drafts_of(event.get("meta_info") or {}, answer, _META_INFO)
     for name in ("prompt_n", "prompt_per_second", "predicted_n", "predicted_per_second"):
         value = timings.get(name)
         if isinstance(value, int | float) and 0 < value < float("inf"):
             answer.server[name] = float(value)
+
+
+def _drafts_of(told: Mapping[str, Any], answer: Answer, names: tuple[tuple[str, ...], ...]) -> None:
+    """Drafted, accepted and steps under the names that a server has for them."""
+    for which, known in zip(("drafted", "accepted", "draft_steps"), names, strict=True):
+        for name in known:
+            setattr(answer, which, _whole(told.get(name), getattr(answer, which)))
 
 
 def _whole(value: Any, before: int | None) -> int | None:

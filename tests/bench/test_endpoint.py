@@ -35,6 +35,8 @@ class Server:
         self.reasoning = 0
         self.usage: dict[str, Any] | None = {}
         self.timings: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
+        self.meta_info: dict[str, Any] = {}
         self.script: Callable[[Any], None] | None = None
         self.pages: dict[str, str] = {"/v1/models": '{"data": [{"id": "tiny", "owned_by": "me"}]}'}
         self.bodies: list[dict[str, Any]] = []
@@ -78,11 +80,11 @@ class Server:
 
     def finish(self, handler: Any, body: dict[str, Any]) -> None:
         count, asked = body["max_tokens"], len(body["messages"][0]["content"])
-        handler.event({"choices": [{"delta": {}, "finish_reason": "length"}],
-                       "timings": self.timings})  # fmt: skip
+        last = {"delta": {}, "finish_reason": "length", "meta_info": self.meta_info}
+        handler.event({"choices": [last], "timings": self.timings})
         if self.usage is not None:
             usage = {"prompt_tokens": asked // 4, "completion_tokens": count, **self.usage}
-            handler.event({"choices": [], "usage": usage})
+            handler.event({"choices": [], "usage": usage, "metrics": self.metrics})
         handler.raw(b"data: [DONE]\n\n")
 
 
@@ -182,19 +184,115 @@ def test_acceptance_as_llama_server_reports_it(server: Server) -> None:
     assert (found["drafted"], found["accepted"], found["acceptance"]) == (20, 14, 0.7)
 
 
+def _grow(server: Server, page: str, text: Callable[[int], str]) -> Callable[[Any], None]:
+    """A page that has counted once more after each measured answer."""
+    server.pages[page] = text(0)
+    done: list[Any] = []
+
+    def kept(request: dict[str, Any]) -> None:
+        if request["kind"] == "measured":
+            done.append(request)
+            server.pages[page] = text(len(done))
+
+    return kept
+
+
 def test_acceptance_as_vllm_counts_it(server: Server) -> None:
+    """Counters of two engines on one page, since the server began (docs.vllm.ai, metrics)."""
     server.pages["/v1/models"] = '{"data": [{"id": "tiny", "owned_by": "vllm"}]}'
 
-    def counters(drafts: int, accepted: int) -> str:
-        name = 'vllm:spec_decode_num_%s_tokens_total{engine="0"} %d\n'
-        return name % ("draft", drafts) + name % ("accepted", accepted)
+    def counters(n: int) -> str:
+        lines = ["# TYPE vllm:spec_decode_num_drafts_total counter"]
+        for engine in (0, 1):
+            for name, value in (("drafts", 50 + 10 * n), ("draft_tokens", 150 + 30 * n),
+                                ("accepted_tokens", 90 + 21 * n)):  # fmt: skip
+                lines.append(f'vllm:spec_decode_num_{name}_total{{engine="{engine}"}} {value}.0')
+            for position, value in enumerate((40 + 9 * n, 30 + 7 * n, 20 + 5 * n)):
+                lines.append(
+                    f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="{engine}",'
+                    f'position="{position}"}} {value}.0'
+                )
+        return "\n".join(lines)
 
-    server.pages["/metrics"] = counters(100, 50)
-    asked = runner(server, requests=1, keep=lambda r: server.pages.update(
-        {"/metrics": counters(140, 80)} if r["kind"] == "measured" else {}))  # fmt: skip
+    asked = runner(server, requests=1, keep=_grow(server, "/metrics", counters))
     measured = asked.measure(TEST)
+    record = measured.record
     assert measured.engine == "vLLM"
-    assert (measured.record["drafted"], measured.record["accepted"]) == (40, 30)
+    assert (record["drafted"], record["accepted"], record["acceptance"]) == (60, 42, 0.7)
+    assert (record["drafts_a_step"], record["acceptance_length"]) == (3, 3.1)
+    assert record["accepted_by_position"] == [0.9, 0.7, 0.5]
+
+
+def test_acceptance_as_vllm_tells_it_in_each_answer(server: Server) -> None:
+    """With --per-request-spec-decode-metrics; figures of the documentation's example."""
+    told = {"num_spec_steps": 43, "num_accepted_draft_tokens": 10, "num_draft_tokens": 129}
+    server.metrics = {"speculative_decoding": told}
+    record = runner(server, requests=2).measure(TEST).record
+    assert (record["drafted"], record["accepted"]) == (258, 20)
+    assert record["acceptance_length"] == pytest.approx(1.2325581395348837)
+    assert record["acceptance"] == pytest.approx(0.07751937984496124)
+    assert (record["drafts_a_step"], record["acceptance_told_by"]) == (3, "each answer")
+
+
+SGLANG = '{"data": [{"id": "tiny", "owned_by": "sglang"}]}'
+
+
+def test_acceptance_as_sglang_counts_it(server: Server) -> None:
+    """Every request's first token comes from its prompt; the others from verifications."""
+    server.pages["/v1/models"] = SGLANG
+    server.pages["/server_info"] = json.dumps(
+        {"version": "0.5.6", "speculative_num_steps": 3, "speculative_num_draft_tokens": 4,
+         "internal_states": [{"avg_spec_accept_length": 1.9}]}
+    )  # fmt: skip
+
+    def counters(n: int) -> str:
+        return (
+            f'sglang:spec_verify_calls_total{{model_name="tiny"}} {7 + 4 * n}.0\n'
+            f'sglang:generation_tokens_total{{model_name="tiny"}} {90 + 11 * n}.0\n'
+            f'sglang:num_requests_total{{model_name="tiny"}} {5 + n}.0\n'
+            'sglang:spec_accept_length{model_name="tiny"} 9.0\n'
+        )
+
+    measured = runner(server, requests=2, keep=_grow(server, "/metrics", counters)).measure(TEST)
+    record = measured.record
+    assert (measured.engine, measured.build) == ("SGLang", "0.5.6")
+    assert (record["drafted"], record["accepted"]) == (24, 12)  # 8 verifications gave 20 tokens
+    assert record["acceptance_length"] == 2.5 and record["drafts_a_step"] == 3
+    assert record["acceptance_told_by"] == "the server's counters"
+
+
+@pytest.mark.parametrize("page", ["/server_info", "/get_server_info"])
+def test_acceptance_of_a_sglang_that_tells_its_mean_only(server: Server, page: str) -> None:
+    server.pages["/v1/models"] = SGLANG
+    server.pages[page] = json.dumps(
+        {"speculative_num_draft_tokens": 4, "internal_states": [
+            {"avg_spec_accept_length": 2.2}, {"avg_spec_accept_length": 2.6}]}
+    )  # fmt: skip
+    record = runner(server, requests=1).measure(TEST).record
+    assert record["acceptance_length"] == pytest.approx(2.4)
+    assert record["acceptance"] == pytest.approx(1.4 / 3) and record["drafted"] is None
+    assert "since it began" in record["acceptance_told_by"]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"spec_num_proposed_drafts": 30, "spec_num_correct_drafts": 21, "spec_verify_ct": 10},
+        {"spec_draft_token_num": 30, "spec_accept_token_num": 21, "spec_verify_ct": 10},
+    ],
+)
+def test_acceptance_that_sglang_puts_into_the_answer(server: Server, told: dict[str, int]) -> None:
+    server.meta_info = told
+    record = runner(server, requests=1).measure(TEST).record
+    assert (record["drafted"], record["accepted"], record["acceptance_length"]) == (30, 21, 3.1)
+
+
+def test_pages_of_nonsense_give_no_acceptance(server: Server) -> None:
+    server.pages["/v1/models"] = SGLANG
+    server.pages["/metrics"] = "sglang:spec_verify_calls_total 1e400\nsglang:x{ 3\n"
+    server.pages["/server_info"] = '{"internal_states": "oops", "speculative_num_steps": true}'
+    record = runner(server, requests=1).measure(TEST).record
+    assert record["acceptance"] is record["acceptance_length"] is None
 
 
 def test_so_many_requests_run_at_the_same_time(server: Server) -> None:
@@ -212,6 +310,7 @@ def test_prompts_are_real_text_none_twice_and_about_as_long_as_asked(server: Ser
     assert len({t[:60] for t in texts}) == len(texts) == 4  # the warm-up included
     assert all(len(t) // 4 == pytest.approx(100, rel=0.1) for t in texts[1:])
     assert "def " in prompt(1, 4000) and len(prompt(3, 500_000)) == pytest.approx(500_000, rel=0.01)
+    assert all(b["stream"] for b in server.bodies)
     options = {k: v for k, v in server.bodies[-1].items() if k != "messages"}
     assert options == {"model": "tiny", "stream": True, "stream_options": {"include_usage": True},
                        "temperature": 0, "max_tokens": 12}  # fmt: skip
