@@ -263,8 +263,8 @@ def _mtp_share(f: Figures) -> str:
     layer = draft_bytes(model, quant, 1)
     whole = sum(step_counts(model, quant, depth=0, rows=1).weight_bytes.values())
     shares.append(
-        f"{layer / 1e6:,.0f} MB or {100 * layer / whole:.1f} % in the published model at {quant.name}, "
-        "counted from its tensors"
+        f"{layer / 1e6:,.0f} MB or {100 * layer / whole:.1f} % in the published model at "
+        f"{quant.name}, counted from its tensors"
     )
     return (
         "To make one draft, an MTP layer and its head are read. That is, beside the bytes of a "

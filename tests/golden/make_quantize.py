@@ -4,7 +4,8 @@
 
 PATH is llama.cpp's program (the fixture here: built from the source that llama-cpp-python 0.3.36
 vendors); the last step needs llama-cpp-python itself (the `oracles` extra). Writes
-tests/golden/quantize.json, which the tests read, and prints what differs:
+tests/golden/quantize.json, which the tests read, and prints what differs (quantize_report.py makes
+a page of it):
 
 * types: for each model of `quantize_shared.CONFIGS` (the published one among them, as a sparse
   BF16 file) and each mixture, the type that `llama-quantize --dry-run` gives every tensor;
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import quantize_report
 from quantize_shared import CONFIGS, MINI, RECORD, SEED, compact, heavy_chunks, rms, wide
 
 from refimpl.checkpoint.block_types import decode
@@ -73,7 +75,13 @@ def main() -> None:
             record["running"] = run_files(work)
     text = json.dumps(record, indent=1)
     RECORD.write_text(re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", _one_line, text) + "\n")
-    report(record)
+    keys = record["keys"]
+    print(f"keys, names, shapes and types: {keys['files']} files, different: {keys['different']}")
+    for source, kinds in record["errors"].items():
+        print(f"{source}, rms errors of llama-quantize and of refimpl")
+        for kind, row in kinds.items():
+            print(f"  {kind}: {row['rms'][0]:.4g}, {row['rms'][1]:.4g}")
+    print(quantize_report.running(record["running"]))
     print(f"wrote {RECORD.name}, {RECORD.stat().st_size} bytes", file=sys.stderr)
 
 
@@ -241,32 +249,6 @@ def logits(backend: Any, texts: list[list[int]]) -> Any:
         rows.append(backend.prefill(ids[:1], cache).logits)
         rows += [backend.decode(ids[i : i + 4], cache).logits for i in range(1, len(ids), 4)]
     return np.concatenate(rows)
-
-
-def report(record: dict[str, Any]) -> None:
-    """The tables, as Markdown."""
-    keys = record["keys"]
-    print(f"keys, names, shapes and types: {keys['files']} files, different: {keys['different']}")
-    print(
-        "\n| source | type | tensors | their rms error | ours | ratio | worst ratio of a tensor |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for source, kinds in record["errors"].items():
-        for kind, row in kinds.items():
-            a, b = row["rms"]
-            print(
-                f"| {source} | {kind} | {row['tensors']} | {a:.4g} | {b:.4g} | {b / a:.4f} | "
-                f"{row['worst_ratio']:.4f} |"
-            )
-    pairs = [k for k in next(iter(record["running"].values()), {}) if k != "rows"]
-    print("\n| type | " + " | ".join(f"{p}: same token, rms" for p in pairs) + " |")
-    print("|---" * (len(pairs) + 1) + "|")
-    for name, row in record["running"].items():
-        print(
-            f"| {name} | "
-            + " | ".join(f"{100 * row[p][0]:.2f} %, {row[p][1]}" for p in pairs)
-            + " |"
-        )
 
 
 if __name__ == "__main__":

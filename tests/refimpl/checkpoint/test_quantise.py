@@ -5,8 +5,11 @@ The record tests/golden/quantize.json was made by llama.cpp's own program (make_
 
 import json
 
+import convert_speed
 import numpy as np
+import perplexity_llamacpp
 import pytest
+import quantize_report
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from gguf.quants import quantize as library_quantize
@@ -182,3 +185,16 @@ def test_values_beyond_a_half_are_refused(name):
 def test_types_without_a_quantiser_are_named():
     with pytest.raises(CheckpointError, match="cannot be turned into IQ2_XS"):
         encode(block_type("IQ2_XS"), gaussian(), "x")
+
+
+def test_the_report_says_what_was_recorded() -> None:
+    records = (RECORD, convert_speed.RECORD, perplexity_llamacpp.RECORD)
+    page = quantize_report.page(*(json.loads(path.read_text()) for path in records))
+    assert page == quantize_report.OUT.read_text(encoding="utf-8")
+
+
+def test_perplexity_equals_llamacpps_as_far_as_it_prints() -> None:
+    record = json.loads(perplexity_llamacpp.RECORD.read_text())
+    ours, theirs = record["refimpl"], record["llamacpp"]
+    assert f"{ours['final']:.4f}" == f"{theirs['final']:.4f}"
+    assert np.abs(np.subtract(ours["running"], theirs["running"])).max() < 1e-4
