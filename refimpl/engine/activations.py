@@ -8,6 +8,7 @@ nearest even. The forms differ in the order of codes and in what is precomputed:
 * `float`: the float32 row itself;
 * `natural`: n codes, n/32 scales, n/32 products of scale and sum of codes (256-bit kernels);
 * `bytes`: the same with 128 added to each code, so that it has no sign (unpacked tiles);
+* `bf16`: the float32 row rounded to bfloat16 (unpacked tiles);
 * the others serve the AVX512 kernels, which read 64 codes at a time in the order in which the
   block format's own codes fall; see `refimpl.engine.kernels512`.
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from refimpl.engine.bf16 import rounded
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import cfunc, njit
 from refimpl.engine.lanes import shuffler
@@ -55,7 +57,7 @@ from refimpl.engine.vec import (
 )
 
 (FLOAT, NATURAL, QUADS_16, QUADS_MIN, FOURS, SUPER_MIN, SUPER, SUPER_HALVES,
- BYTES, EIGHTS_8, EIGHTS_128) = range(11)  # fmt: skip
+ BYTES, EIGHTS_8, EIGHTS_128, BF16) = range(12)  # fmt: skip
 _GROUP = {  # form: (values in a group, bytes of a group)
     QUADS_16: (128, 256),
     QUADS_MIN: (128, 256),
@@ -96,6 +98,8 @@ def form_bytes(form: int, columns: int) -> int:
     """Bytes of a row of `columns` values in that form, a multiple of 64."""
     if form == FLOAT:
         size = 4 * columns
+    elif form == BF16:
+        size = 2 * columns
     elif form in (NATURAL, BYTES):
         size = columns + columns // 4
     else:
@@ -130,12 +134,20 @@ def prepare(simd: Simd) -> Any:
         count = load_i64(plan + 8 * many)
         if count == 0:
             return
-        _quantise(row, columns, scratch)
+        quantised = False
         for i in range(count):
             form = load_i64(plan + 16 + 16 * i)
             out = row + load_i64(plan + 24 + 16 * i)
+            if form == BF16:
+                _bf16(row, columns, out)
+                continue
+            if not quantised:
+                _quantise(row, columns, scratch)
+                quantised = True
             if form == NATURAL:
                 _natural(scratch, columns, out, np.int8(0))
+            elif form == BYTES:
+                _natural(scratch, columns, out, np.int8(-128))
             if wide:
                 if form == EIGHTS_8:
                     _eights(scratch, columns, out, -8)
@@ -147,9 +159,7 @@ def prepare(simd: Simd) -> Any:
                     _quads(scratch, columns, out, 0)
                 elif form == FOURS:
                     _fours(scratch, columns, out)
-                elif form == BYTES:
-                    _natural(scratch, columns, out, np.int8(-128))
-                else:
+                elif form in (SUPER_MIN, SUPER, SUPER_HALVES):
                     _super(scratch, columns, out, form)
 
     return prepare_row
@@ -192,6 +202,12 @@ def _quantise(row, columns, scratch):
         store(quads + 32 * block, zeros(I8x32))
         store_f32(scales + 4 * block, np.float32(0))
         store_i32(sums + 4 * block, np.int32(0))
+
+
+@device(types.void)
+def _bf16(row, columns, out):
+    for i in range(0, columns, 16):
+        store(out + 2 * i, rounded(load(F32x16, row + 4 * i)))
 
 
 @device(types.void)

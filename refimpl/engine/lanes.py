@@ -18,6 +18,7 @@ from refimpl.engine.vec import (
     F32x16,
     I8x16,
     I8x32,
+    I32x8,
     VecType,
     constant,
     pointer,
@@ -44,6 +45,7 @@ join_i8x16 = shuffler(I8x16, list(range(32)))
 join_i8x32 = shuffler(I8x32, list(range(64)))
 join_f32x4 = shuffler(F32x4, list(range(8)))
 join_f32x8 = shuffler(F32x8, list(range(16)))
+join_i32x8 = shuffler(I32x8, list(range(16)))
 
 
 def literal(kind: VecType, values: list[int]) -> Any:

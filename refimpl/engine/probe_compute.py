@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from refimpl.engine.activations import form_bytes
 from refimpl.engine.formats import FORMATS
 from refimpl.engine.jit import cfunc
 from refimpl.engine.kernels import kernel
-from refimpl.engine.memory import address, round_up, zeroed
+from refimpl.engine.memory import address, zeroed
 from refimpl.engine.simd import Simd, choose_simd
 from refimpl.engine.sync import barrier, call_address
 from refimpl.engine.threads import Team
-from refimpl.engine.tiles import TILE_ROWS, TILE_TOKENS, multiplying, tile_bytes
+from refimpl.engine.tiles import tiling
+from refimpl.engine.tiles_codes import TILE_ROWS
 from refimpl.engine.vec import load_i64
 
 KERNEL_DTYPES = ("int8", "bf16")
@@ -46,7 +48,8 @@ def _repeating(simd: Simd, tiled: bool) -> Any:
             if tiled:
                 call_address(function, (
                     load_i64(a), load_i64(a + 8), load_i64(a + 16), load_i64(a + 24),
-                    load_i64(a + 32), load_i64(a + 40), load_i64(a + 48)))  # fmt: skip
+                    load_i64(a + 32), load_i64(a + 40), load_i64(a + 48), load_i64(a + 56),
+                    load_i64(a + 64), load_i64(a + 72), load_i64(a + 80)))  # fmt: skip
             else:
                 call_address(function, (
                     load_i64(a), load_i64(a + 8), load_i64(a + 16), load_i64(a + 24),
@@ -91,14 +94,15 @@ class _Call:
 
 def _tile_call(simd: Simd) -> _Call:
     """16 unpacked rows of 4-bit weights times eight rows of int8 activations."""
-    fmt = FORMATS["Q4_0"]
-    row = round_up(_COLUMNS + _COLUMNS // 4, 64)
-    tile = zeroed(tile_bytes(fmt.kind512, _COLUMNS))
-    x, y = zeroed(row * TILE_TOKENS), zeroed(4 * TILE_ROWS * TILE_TOKENS)
-    blobs = np.array([address(x) + i * row for i in range(TILE_TOKENS)], dtype=np.int64)
-    arguments = (address(tile), _COLUMNS, address(blobs), TILE_TOKENS, 0, address(y), 4 * TILE_ROWS)
-    operations = 2 * TILE_ROWS * _COLUMNS * TILE_TOKENS
-    return _Call(multiplying(simd, fmt).address, arguments, operations, (tile, x, y, blobs))
+    made = tiling(simd, "Q4_0", exact=False)
+    row, tokens, columns = form_bytes(made.form, _COLUMNS), made.tokens, min(_COLUMNS, made.columns)
+    tile = zeroed(made.tile_bytes(columns))
+    x, y = zeroed(row * tokens), zeroed(4 * TILE_ROWS * tokens)
+    blobs = np.array([address(x) + i * row for i in range(tokens)], dtype=np.int64)
+    arguments = (address(tile), len(tile), 1, 0, columns, columns, address(blobs), tokens, 0,
+                 address(y), 4 * TILE_ROWS)  # fmt: skip
+    operations = 2 * TILE_ROWS * columns * tokens
+    return _Call(made.multiply.address, arguments, operations, (tile, x, y, blobs))
 
 
 def _rows_call(simd: Simd, name: str) -> _Call:

@@ -24,8 +24,8 @@ from refimpl.engine.records import LayerRecord, Records, Site, layer_record
 from refimpl.engine.simd import Simd
 from refimpl.engine.step import CLAIMS_PER_LAYER, runner
 from refimpl.engine.threads import Team
-from refimpl.engine.tiles import tile_bytes
-from refimpl.engine.work import CLAIM_BYTES, MANY, MAX_CHUNK, SCRATCH_HEADER, TILED_CHUNK
+from refimpl.engine.tiles import MANY
+from refimpl.engine.work import CLAIM_BYTES, MAX_CHUNK, SCRATCH_HEADER
 from refimpl.reference.rope import angles, frequencies
 
 
@@ -285,11 +285,10 @@ class Program:
 
     def _scratch_layout(self, columns: int, free: int) -> int:
         """Where the parts of a thread's scratch memory begin; its size, whole pages."""
-        y_bytes = 4 * max(MAX_CHUNK * MANY, TILED_CHUNK * self._max_rows)
-        tiles = 2 * tile_bytes("super", columns) if self._records.tiled else 0
+        y_bytes = 4 * max(MAX_CHUNK * MANY, self._records.unit_rows * self._max_rows)
         at = SCRATCH_HEADER
         for number, size in ((Step.BLOBS, 8 * self._max_rows), (Step.FIRST_Y, y_bytes),
-                             (Step.SECOND_Y, y_bytes), (Step.TILES, tiles),
+                             (Step.SECOND_Y, y_bytes), (Step.TILES, self._records.tile_bytes),
                              (Step.FREE, free)):  # fmt: skip
             self._step[number] = at
             at = round_up(at + size, ALIGNMENT)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.config import LayerSpec
-from refimpl.engine.activations import BYTES, FLOAT, form_bytes, form_of
+from refimpl.engine.activations import FLOAT, form_bytes, form_of
+from refimpl.engine.amx_choice import choose_amx
 from refimpl.engine.faults import unwatch, watch
 from refimpl.engine.fields import Layer, Matrix, float_bits
 from refimpl.engine.files import MappedFile, map_under, path_of
@@ -26,7 +27,7 @@ from refimpl.engine.formats import FORMATS, SUB_BLOCK
 from refimpl.engine.kernels import PLAIN, kernel
 from refimpl.engine.memory import address
 from refimpl.engine.simd import Simd
-from refimpl.engine.tiles import multiplying, tile_bytes, unpacking
+from refimpl.engine.tiles import Tiling, tiling
 from refimpl.engine.work import MAX_CHUNK
 from refimpl.errors import CheckpointError, InputError
 
@@ -55,12 +56,15 @@ class Records:
         exact: float32 activations everywhere.
 
     Attributes:
-        tiled: whether products with many rows of activations go by way of unpacked weights.
+        amx: the choice of tile instructions.
+        tile_bytes: memory for unpacked weights that a thread needs.
+        unit_rows: most rows of a unit of work with many rows of activations.
     """
 
     def __init__(self, source: StoredSource, simd: Simd, exact: bool) -> None:
         self.source, self._simd, self._exact = source, simd, exact
-        self.tiled = simd.name == "avx512" and not exact
+        self.amx = choose_amx(simd, exact)
+        self.tile_bytes = self.unit_rows = 0
         self._kept: list[Any] = []
         self.files: dict[int, MappedFile] = {}
 
@@ -94,8 +98,9 @@ class Records:
 
     def site(self, columns: int, keys: Iterable[str], layer: int | None) -> Site:
         """The forms that the named matrices need of their common input rows."""
-        forms = sorted({self._form(self._tensor(key, layer)) for key in keys} - {FLOAT})
-        tiled = [BYTES] if forms and self.tiled else []
+        tensors = [self._tensor(key, layer) for key in keys]
+        forms = sorted({self._form(tensor) for tensor in tensors} - {FLOAT})
+        tiled = sorted({self._tiling(tensor).form for tensor in tensors} - {FLOAT, *forms})
         plan, at = [len(forms), len(forms + tiled)], form_bytes(FLOAT, columns)
         for form in forms + tiled:
             plan += [form, at]
@@ -120,22 +125,29 @@ class Records:
         record[Matrix.FORM_OFFSET] = offsets.get(form, 0)
         chunk = min(_UNIT_BYTES // row_bytes, -(-rows // _UNITS), MAX_CHUNK)
         record[Matrix.CHUNK] = max(16, chunk // 16 * 16)
-        exact = self._exact or key == "router"
-        name = tensor.kind.name
+        exact, name = self._is_exact(tensor), tensor.kind.name
         record[Matrix.KERNEL_1] = kernel(self._simd, name, 1, exact).address
         record[Matrix.KERNEL_2] = kernel(self._simd, name, 2, exact).address
         record[Matrix.KERNEL_4] = kernel(self._simd, name, 4, exact).address
-        if form != FLOAT and self.tiled:
-            fmt = FORMATS[name]
-            record[Matrix.UNPACK] = unpacking(self._simd, fmt).address
-            record[Matrix.MULTIPLY] = multiplying(self._simd, fmt).address
-            record[Matrix.TILE_BYTES] = tile_bytes(fmt.kind512, columns)
-            record[Matrix.TILE_FORM_OFFSET] = offsets[BYTES]
+        made = self._tiling(tensor)
+        record[Matrix.UNPACK], record[Matrix.MULTIPLY] = made.unpack.address, made.multiply.address
+        record[Matrix.TILE_BYTES] = made.tile_bytes(columns)
+        record[Matrix.TILE_COLUMNS], record[Matrix.TILE_UNIT] = made.columns, made.unit_rows
+        record[Matrix.TILE_TOKENS] = made.tokens
+        record[Matrix.TILE_FORM_OFFSET] = offsets.get(made.form, 0)
+        self.tile_bytes = max(self.tile_bytes, made.scratch_bytes(columns))
+        self.unit_rows = max(self.unit_rows, made.unit_rows)
         return address(record)
 
+    def _is_exact(self, tensor: StoredTensor) -> bool:
+        return self._exact or tensor.spec.key == "router"
+
     def _form(self, tensor: StoredTensor) -> int:
-        exact = self._exact or tensor.spec.key == "router" or tensor.kind.name in PLAIN
+        exact = self._is_exact(tensor) or tensor.kind.name in PLAIN
         return form_of(self._simd, FORMATS[tensor.kind.name], exact)
+
+    def _tiling(self, tensor: StoredTensor) -> Tiling:
+        return tiling(self._simd, tensor.kind.name, self._is_exact(tensor), self.amx.unit)
 
     def _tensor(self, key: str, layer: int | None) -> StoredTensor:
         tensor = self.source.stored(key, layer)

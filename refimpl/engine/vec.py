@@ -314,6 +314,7 @@ def _shift(name: str, doc: str) -> Any:
 
 shift_left = _shift("shl", "Lanes shifted left by a literal number of bits.")
 shift_right = _shift("lshr", "Lanes shifted right by a literal number of bits, zeros coming in.")
+shift_right_signed = _shift("ashr", "Lanes shifted right by a literal number of bits, with sign.")
 
 
 @intrinsic

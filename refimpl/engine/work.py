@@ -19,15 +19,12 @@ from refimpl.engine.fields import Matrix, Step, field
 from refimpl.engine.jit import njit
 from refimpl.engine.maths import add_rows, swiglu
 from refimpl.engine.sync import barrier, call_address, fetch_add, wait_until
-from refimpl.engine.tiles import TILE_ROWS, TILE_TOKENS
+from refimpl.engine.tiles import MANY
+from refimpl.engine.tiles_codes import TILE_ROWS
 from refimpl.engine.vec import device, load_i64, store_i64
 
 MAX_CHUNK = 256
 """Most rows of one unit."""
-MANY = 8
-"""Rows of activations from which on weights are unpacked into tiles."""
-TILED_CHUNK = 32
-"""Rows of one unit in a step of so many rows."""
 CLAIM_BYTES = 64
 """Of one thread's counter; a phase has one for each thread."""
 
@@ -111,7 +108,7 @@ def prepare_row(step: Any, row: Any, columns: Any, plan: Any, mine: Any) -> None
 def unit_rows(step: Any, matrix: Any) -> Any:
     """Rows of one unit of a matrix."""
     if field(step, Step.ROWS) >= MANY:
-        return np.int64(TILED_CHUNK)
+        return field(matrix, Matrix.TILE_UNIT)
     return field(matrix, Matrix.CHUNK)
 
 
@@ -132,7 +129,7 @@ def set_blobs(step: Any, mine: Any, x: Any, x_bytes: Any, count: Any) -> None:
 def products(step, matrix, weights, rows, count, y, y_bytes, mine):
     """y_i[0..rows) = weights x_i for the first `count` blobs that were set; y_bytes is the way from
     one y to the next."""
-    if field(matrix, Matrix.UNPACK) and count >= MANY:
+    if count >= MANY:
         whole = rows // TILE_ROWS * TILE_ROWS
         _tiled(step, matrix, weights, whole, count, y, y_bytes, mine)
         weights += whole * field(matrix, Matrix.ROW_BYTES)
@@ -166,24 +163,36 @@ def _in_place(step, matrix, weights, rows, count, y, y_bytes, mine):
 
 @device(types.void)
 def _tiled(step, matrix, weights, rows, count, y, y_bytes, mine):
-    """Products by way of unpacked weights, two tiles of 16 rows at a time."""
-    blobs, tiles = mine + field(step, Step.BLOBS), mine + field(step, Step.TILES)
+    """Products by way of unpacked weights, the rows of a unit at a time, and no more columns than
+    tiles are made for."""
     row_bytes, columns = field(matrix, Matrix.ROW_BYTES), field(matrix, Matrix.COLUMNS)
-    tile_bytes, offset = field(matrix, Matrix.TILE_BYTES), field(matrix, Matrix.TILE_FORM_OFFSET)
-    unpack, multiply = field(matrix, Matrix.UNPACK), field(matrix, Matrix.MULTIPLY)
-    for first in range(0, rows, 2 * TILE_ROWS):
-        number = min(rows - first, 2 * TILE_ROWS) // TILE_ROWS
-        for tile in range(number):
-            w = weights + (first + tile * TILE_ROWS) * row_bytes
-            call_address(unpack, (w, row_bytes, columns, tiles + tile * tile_bytes))
-        for i in range(0, count, TILE_TOKENS):
-            n = min(TILE_TOKENS, count - i)
+    most, unit = field(matrix, Matrix.TILE_COLUMNS), field(matrix, Matrix.TILE_UNIT)
+    tiles, tile_bytes = mine + field(step, Step.TILES), field(matrix, Matrix.TILE_BYTES)
+    for row in range(0, rows, unit):
+        number = min(rows - row, unit) // TILE_ROWS
+        for first in range(0, columns, most):
+            part = min(most, columns - first)
+            w = weights + row * row_bytes + first * row_bytes // columns
             for tile in range(number):
-                unpacked, to = tiles + tile * tile_bytes, y + 4 * (first + tile * TILE_ROWS)
-                call_address(
-                    multiply,
-                    (unpacked, columns, blobs + 8 * i, n, offset, to + i * y_bytes, y_bytes),
-                )
+                at = w + tile * TILE_ROWS * row_bytes
+                unpack = field(matrix, Matrix.UNPACK)
+                call_address(unpack, (at, row_bytes, part, tiles + tile * tile_bytes))
+            place = (tiles, tile_bytes, number, first, part)
+            _multiplied(step, matrix, place, count, y + 4 * row, y_bytes, mine)
+
+
+@device(types.void)
+def _multiplied(step, matrix, place, count, y, y_bytes, mine):
+    """Products of unpacked tiles (address, bytes of one, number, first column, columns) with all
+    blobs."""
+    tiles, tile_bytes, number, first, part = place
+    blobs, total = mine + field(step, Step.BLOBS), field(matrix, Matrix.COLUMNS)
+    multiply, offset = field(matrix, Matrix.MULTIPLY), field(matrix, Matrix.TILE_FORM_OFFSET)
+    tokens = field(matrix, Matrix.TILE_TOKENS)
+    for i in range(0, count, tokens):
+        n = min(tokens, count - i)
+        call_address(multiply, (tiles, tile_bytes, number, first, part, total, blobs + 8 * i, n,
+                                offset, y + i * y_bytes, y_bytes))  # fmt: skip
 
 
 @device(types.void)

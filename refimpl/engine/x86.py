@@ -123,12 +123,8 @@ def dot32(typingctx, simd, acc, unsigned, signed):
 
     def emit(context, builder, signature, args):
         if kind:
-            # The same intrinsic serves AVX512-VNNI and AVX-VNNI; LLVM picks the encoding.
-            return _dot(builder, "llvm.x86.avx512.vpdpbusd.256", I32x8, list(args[1:]))
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", I16x16.llvm, list(args[2:]))
-        ones = constant(I16x16.llvm, [1] * 16)
-        fours = call(builder, "llvm.x86.avx2.pmadd.wd", I32x8.llvm, [pairs, ones])
-        return builder.add(args[1], fours)
+            return emit_dot32(builder, *args[1:])
+        return builder.add(args[1], emit_fours(builder, emit_pairs(builder, *args[2:])))
 
     return I32x8(simd, I32x8, I8x32, I8x32), emit
 
@@ -142,6 +138,27 @@ def _dot(builder: Any, name: str, kind: VecType, args: list[Any]) -> Any:
 def emit_dot(builder: Any, acc: Any, unsigned: Any, signed: Any) -> Any:
     """`dot64` as an LLVM value."""
     return _dot(builder, "llvm.x86.avx512.vpdpbusd.512", I32x16, [acc, unsigned, signed])
+
+
+def emit_dot32(builder: Any, acc: Any, unsigned: Any, signed: Any) -> Any:
+    """`dot32` with VNNI; LLVM picks the encoding, AVX512-VNNI's or AVX-VNNI's."""
+    return _dot(builder, "llvm.x86.avx512.vpdpbusd.256", I32x8, [acc, unsigned, signed])
+
+
+def emit_pairs(builder: Any, unsigned: Any, signed: Any) -> Any:
+    """Sums of two products of unsigned and signed bytes in 16 bits, saturated (AVX2)."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", I16x16.llvm, [unsigned, signed])
+
+
+def emit_fours(builder: Any, pairs: Any) -> Any:
+    """Sums of two 16-bit lanes in 32 bits (AVX2)."""
+    ones = constant(I16x16.llvm, [1] * 16)
+    return call(builder, "llvm.x86.avx2.pmadd.wd", I32x8.llvm, [pairs, ones])
+
+
+def emit_sign(builder: Any, values: Any, signs: Any) -> Any:
+    """`sign_bytes` as an LLVM value."""
+    return call(builder, "llvm.x86.avx2.psign.b", I8x32.llvm, [values, signs])
 
 
 @intrinsic
