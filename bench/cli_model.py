@@ -119,6 +119,23 @@ def _write(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def _compare_structure(records: list[RunRecord], file: str, as_json: bool) -> None:
+    from bench.structure import compare_structure, structure_json
+    from bench.structure_view import structure_markdown, structure_text, summary
+    from hwmodel.files import write_whole
+
+    pairs = compare_structure(records)
+    if as_json:
+        print_json(structure_json(pairs))
+    elif file == "-":
+        click.echo(structure_text(pairs))
+    else:
+        click.echo(summary(pairs))
+    if file != "-":
+        write_whole(Path(file), structure_markdown(pairs).encode())
+        note(f"wrote {file}")
+
+
 @click.command()
 @click.option(
     "--runs", metavar="FILE", help="CSV of runs, '-' for stdin. [default: published runs]"
@@ -128,18 +145,25 @@ def _write(path: Path, value: Any) -> None:
     "--as-of", metavar="DATE", help="Date of the runs, kept in the file. [default: today]"
 )
 @click.option("--force", is_flag=True, help="Replace a better fit.")
+@click.option(
+    "--compare-structure", "structure", metavar="FILE|-",
+    help="Write no fit: compare errors of other models described by structure and by totals "
+    "alone, as Markdown into FILE ('-': as text).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 def calibrate(
-    runs: str | None, out: str | None, as_of: str | None, force: bool, as_json: bool
-) -> None:
+    runs: str | None, out: str | None, as_of: str | None, force: bool, structure: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Fit the cost model to measured runs, with errors on runs that the fit never saw.
 
     Sweeps, devices and models are left out whole; a fit that is worse than the one it would
     replace is refused (exit code 1) unless --force is given.
 
     \b
-    Example:
+    Examples:
       bench calibrate --runs my-runs.csv --out my-fit.json
+      bench calibrate --compare-structure reports/structure.md
     """
     import datetime
 
@@ -149,6 +173,9 @@ def calibrate(
     from hwmodel.fit import load_fit, published_path, to_json
 
     records = _read((runs or _PUBLISHED,), None, None)
+    if structure:
+        _compare_structure(records, structure, as_json)
+        return
     fit = fit_to(records, as_of or datetime.date.today().isoformat())
     if as_json:
         print_json(fit.errors)

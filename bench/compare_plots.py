@@ -82,7 +82,7 @@ def read_bytes(run: RunConfig, depth: int) -> dict[str, float]:
     read = {name: 0.0 for name, _ in ROLES}
     for role, size in counts.weight_bytes.items():
         read[role if role in known else "other"] += size
-    read["kv"] = counts.kv_values_read * kv_value_bytes("f16")
+    read["kv"] = counts.cache_bytes(kv_value_bytes("f16"))
     return read
 
 

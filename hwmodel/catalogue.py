@@ -90,7 +90,9 @@ def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
     Keys: `name`, `hidden_size`, `vocab_size`, `layers`, `attention` (groups of layers, see
     `_attention_groups`), `dense` (`layers`, `width`), `moe` (`layers`, `experts`, `top_k`,
     `width`, `shared_width`), `mtp` (`layers`, and `width` of a dense layer where it is none of
-    experts), `tied_embedding`, `ffn_matrices` (3, or 2 without a gate), `max_context`, `source`.
+    experts), `residual` (parameters of hyper-connections per layer), `ngram` (`rows` and `width` of
+    a table looked up by n-grams, `parameters` of what projects its rows), `tied_embedding`,
+    `ffn_matrices` (3, or 2 without a gate), `max_context`, `source`.
     """
     hidden, layers = facts["hidden_size"], facts["layers"]
     moe = facts.get("moe")
@@ -105,6 +107,7 @@ def shape_of_facts(facts: Mapping[str, Any]) -> ModelShape:
             tensors += _attention_tensors(group, hidden, layer % layers)
             layer += 1
     tensors += _ffn_tensors(facts, hidden, layers)
+    tensors += _beside_the_layers(facts, layers)
     tensors.append(TensorCount("norm", "norm", -1, (2 * layers + 1) * hidden))
     tensors += _mtp_tensors(facts, hidden, layers)
     first = facts["attention"][0]
@@ -136,28 +139,40 @@ def _attention_groups(g: Mapping[str, Any]) -> Iterable[AttentionGroup]:
 
     `gqa`: `query_heads`, `kv_heads`, `head_dim` (and `value_dim` where it differs), `window`.
     `mla`: `query_heads`, `kv_lora`, `rope` (the latent of both is what is cached, and with the
-    absorbed form each query head meets it whole), `indexer` (`heads`, `dim`, `top_k`): every key
-    is scored by a small second attention, the `top_k` best are read. `linear`: `state_values`.
+    absorbed form each query head meets it whole). `compressed` (DeepSeek-V4): one vector of
+    `head_dim` is key and value of all heads, the latest `window` as they are, earlier ones `ratio`
+    to an entry. `linear`: `state_values`. An `indexer` (`heads`, `dim`, `top_k` entries, and
+    `compress` where its own keys are pooled) is a small second attention that scores every entry;
+    the `top_k` best are read.
     """
-    n = g["layers"]
+    n, index = g["layers"], g.get("indexer")
+    pooled = index.get("compress", 1) if index else 1
     if g["type"] == "linear":
         yield AttentionGroup(n, 0, 0, 0, 0, state_values=g.get("state_values", 0))
-    elif g["type"] == "mla":
+        return
+    window = index["top_k"] if index else g.get("window")
+    if g["type"] == "mla":
         heads, latent = g["query_heads"], g["kv_lora"] + g["rope"]
-        index = g.get("indexer")
-        window = index["top_k"] if index else g.get("window")
-        yield AttentionGroup(
-            n, latent, heads * latent, heads * g["kv_lora"], window, selected=bool(index)
-        )
-        if index:
-            yield AttentionGroup(n, index["dim"], index["heads"] * index["dim"], 0)
+        work = heads * latent, heads * g["kv_lora"]
+        yield AttentionGroup(n, latent, *work, window, selected=bool(index), kv_heads=1)
+    elif g["type"] == "compressed":
+        d, ratio = g["head_dim"], g["ratio"]
+        work = g["query_heads"] * d, g["query_heads"] * d
+        yield AttentionGroup(n, d, *work, g["window"], kv_heads=1)
+        if ratio:
+            reach = index["top_k"] * ratio if index else None
+            yield AttentionGroup(
+                n, d, *work, reach, selected=bool(index), compress=ratio, kv_heads=1
+            )
+            pooled = ratio
     else:
-        d = g["head_dim"]
+        d, kv = g["head_dim"], g["kv_heads"]
         v = g.get("value_dim", d)
-        qk = g.get("work_values", g["query_heads"] * d)
-        pv = g.get("work_values", g["query_heads"] * v)
-        values = g.get("kv_values", g["kv_heads"] * (d + v))
-        yield AttentionGroup(n, values, qk, pv, g.get("window"))
+        work = g["query_heads"] * d, g["query_heads"] * v
+        yield AttentionGroup(n, kv * (d + v), *work, window, selected=bool(index), kv_heads=kv)
+    if index:
+        work = index["heads"] * index["dim"], 0
+        yield AttentionGroup(n, index["dim"], *work, None, compress=pooled, kv_heads=1)
 
 
 def _attention_tensors(g: Mapping[str, Any], hidden: int, layer: int) -> list[TensorCount]:
@@ -168,8 +183,10 @@ def _attention_tensors(g: Mapping[str, Any], hidden: int, layer: int) -> list[Te
 
     if "parameters" in g:
         return [of("attn_other", g["parameters"])]
-    if g["type"] == "mla":
-        return [of(kind, elements) for kind, elements in _mla_matrices(g, hidden)]
+    if g["type"] in _MATRICES:
+        return [of(kind, elements) for kind, elements in _MATRICES[g["type"]](g, hidden)]
+    index = g.get("indexer")
+    scoring = hidden * index["dim"] * (index["heads"] + 1) if index else 0
     d, heads, kv = g["head_dim"], g["query_heads"], g["kv_heads"]
     v = g.get("value_dim", d)
     return [
@@ -177,6 +194,7 @@ def _attention_tensors(g: Mapping[str, Any], hidden: int, layer: int) -> list[Te
         of("attn_k", hidden * kv * d),
         of("attn_v", hidden * kv * v),
         of("attn_o", hidden * heads * v),
+        *([of("attn_other", scoring)] if scoring else []),
     ]
 
 
@@ -193,6 +211,39 @@ def _mla_matrices(g: Mapping[str, Any], hidden: int) -> list[tuple[str, int]]:
     if index := g.get("indexer"):
         size = low * index["heads"] * index["dim"] + hidden * (index["dim"] + index["heads"])
         found.append(("attn_other", size))
+    return found
+
+
+def _compressed_matrices(g: Mapping[str, Any], hidden: int) -> list[tuple[str, int]]:
+    """DeepSeek-V4: low-rank queries, one key-value vector, an output projected in groups, and
+    what pools `ratio` tokens; a pool that an indexer reads overlaps the one before it, which takes
+    two vectors a token (transformers 5.23, models/deepseek_v4)."""
+    heads, d, low, ratio = g["query_heads"], g["head_dim"], g["q_lora"], g["ratio"]
+    index = g.get("indexer")
+    series = 2 if index else 1
+    other = series * d * (2 * hidden + ratio) if ratio else 0
+    if index:
+        other += 2 * index["dim"] * (2 * hidden + ratio)
+        other += low * index["heads"] * index["dim"] + hidden * index["heads"]
+    found = [
+        ("attn_q", hidden * low + low * heads * d),
+        ("attn_k", hidden * d),
+        ("attn_o", g["o_lora"] * (heads * d + g["o_groups"] * hidden)),
+    ]
+    return [*found, ("attn_other", other)] if other else found
+
+
+_MATRICES = {"mla": _mla_matrices, "compressed": _compressed_matrices}
+
+
+def _beside_the_layers(facts: Mapping[str, Any], layers: int) -> list[TensorCount]:
+    """Hyper-connections, which every token passes, and n-gram tables, of which it reads rows."""
+    found = []
+    if residual := facts.get("residual"):
+        found += [TensorCount("other", "residual", layer, residual) for layer in range(layers)]
+    if ngram := facts.get("ngram"):
+        found.append(TensorCount("table", "embedding", -1, ngram["rows"] * ngram["width"]))
+        found.append(TensorCount("other", "dense", 0, ngram["parameters"]))
     return found
 
 

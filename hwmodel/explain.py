@@ -111,5 +111,6 @@ def explanation_json(e: Explanation) -> dict[str, Any]:
             "weight_bytes": dict(e.counts.weight_bytes),
             "kv_bytes_read": e.counts.kv_values_read * kv,
             "kv_bytes_written": e.counts.kv_values_written * kv,
+            "state_bytes": e.counts.state_bytes,
         }
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hwmodel.cli_support import table
 from hwmodel.explain import Explanation
 from hwmodel.memory import kv_value_bytes, ledger
+from hwmodel.model import AttentionGroup
 from hwmodel.plan_view import band, pair
 from hwmodel.quant import role_bytes
 
@@ -30,11 +31,12 @@ def _memory(e: Explanation) -> list[str]:
     rows.append(["all of the trunk", f"{model.parameters:,}", f"{_trunk(stored):,.0f}"])
     kinds = [
         [
-            f"{g.layers} layers, " + (f"window {g.window}" if g.window else "full"),
-            f"{g.kv_values}",
-            f"{g.kv_values * kv_value_bytes(e.run.workload.kv_type):,.0f}",
+            f"{g.layers} layers, {_reach(g)}",
+            f"{g.kv_values / g.compress:g}",
+            f"{g.kv_values / g.compress * kv_value_bytes(e.run.workload.kv_type):,.0f}",
         ]
         for g in model.attention
+        if g.kv_values
     ]
     sums = [
         ["weights on the devices", f"{m.weights_bytes:,.0f}"],
@@ -53,6 +55,14 @@ def _memory(e: Explanation) -> list[str]:
         "",
         table(["memory", "bytes"], sums),
     ]
+
+
+def _reach(g: AttentionGroup) -> str:
+    """What a layer of the group sees of its cache."""
+    shared = f", {g.compress} tokens an entry" if g.compress > 1 else ""
+    if g.selected:
+        return f"{g.window:,} tokens selected{shared}"
+    return (f"window {g.window}" if g.window else "full") + shared
 
 
 def _trunk(stored: dict[str, float]) -> float:
@@ -89,6 +99,8 @@ def _time(e: Explanation) -> list[str]:
     kv = kv_value_bytes(e.run.workload.kv_type)
     rows.append(["KV read", "", f"{e.counts.kv_values_read * kv:,.0f}"])
     rows.append(["KV written", "", f"{e.counts.kv_values_written * kv:,.0f}"])
+    if e.counts.state_bytes:
+        rows.append(["states read and written", "", f"{e.counts.state_bytes:,.0f}"])
     what = "one step" if e.figure == "decode" else "the whole prompt in one chunk"
     lines += ["", f"Counts of {what}", table(["role", "multiply-adds", "bytes"], rows)]
     return lines

@@ -78,6 +78,8 @@ class Fit:
             the bands of held-out runs hold the stated share of them.
         errors: cross-validation statistics as `bench calibrate` printed them.
         runs: the measured figures behind it.
+        borrowed: why it is not this device's own, where efficiencies are of another one
+            (`hwmodel.probed`); empty for published runs.
     """
 
     effects: Mapping[str, float] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Fit:
     runs: tuple[FittedRun, ...] = ()
     data_hash: str = ""
     as_of: str = ""
+    borrowed: str = ""
 
     def effect(self, name: str) -> float:
         """Fitted value, 0 for an effect the runs say nothing about."""

@@ -22,14 +22,19 @@ Fields = Mapping[str, Any]
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
 SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-SHARED_WIDTH = ("shared_expert_intermediate_size", "share_expert_dim")
+SHARED_WIDTH = (
+    "shared_expert_intermediate_size", "share_expert_dim", "shared_intermediate_size",
+)  # fmt: skip
 MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 # Families whose head is the embedding table unless the file says otherwise.
 TIED = ("gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2")
 # Families without a gate in the feed-forward network.
 UNGATED = ("nemotron", "starcoder2", "gpt_neox", "phi", "falcon", "gpt2", "gpt_bigcode", "opt")
 # Families whose query projection also makes a gate for the attention output.
-GATED_QUERY = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe")
+GATED_QUERY = (
+    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_5", "qwen3_5_moe", "qwen4_exp_text",
+    "qwen4_exp",
+)  # fmt: skip
 # Families in which `sliding_window` means every layer, and those in which it means nothing.
 ALL_SLIDING = ("mistral", "phi3", "starcoder2")
 NO_SLIDING = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "minimax_m2", "glm4_moe")
@@ -70,13 +75,14 @@ def facts_of(data: Fields, name: str, source: str = "config.json") -> dict[str, 
     nested = data.get("text_config")
     f = _Reader({**data, **nested} if isinstance(nested, Mapping) else data, name)
     layers = f.size("num_hidden_layers", high=MAX_LAYERS)
-    kinds = _layer_kinds(f, layers)
+    compressed = f.family == "deepseek_v4"
+    kinds = [] if compressed else _layer_kinds(f, layers)
     facts: dict[str, Any] = {
         "name": name,
         "hidden_size": f.size("hidden_size"),
         "vocab_size": f.size("vocab_size"),
         "layers": layers,
-        "attention": _attention(f, kinds),
+        "attention": _compressed(f, layers) if compressed else _attention(f, kinds),
         "max_context": f.size("max_position_embeddings", "model_max_length", default=131072),
         "tied_embedding": bool(f.get("tie_word_embeddings", f.family in TIED)),
         "ffn_matrices": 2 if f.family in UNGATED else 3,
@@ -84,13 +90,16 @@ def facts_of(data: Fields, name: str, source: str = "config.json") -> dict[str, 
     }
     moe = _moe_layers(f, layers)
     if len(moe) < layers:
-        width = f.size("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size")
+        width = f.size(
+            "intermediate_size_mlp", "dense_intermediate_size", "intermediate_size",
+            "ffn_hidden_size",
+        )  # fmt: skip
         facts["dense"] = {"layers": layers - len(moe), "width": width}
     if moe:
         facts["moe"] = _moe(f, len(moe))
     if mtp := f.size(*MTP_LAYERS, default=0, low=0):
         facts["mtp"] = {"layers": min(mtp, MAX_LAYERS)}
-    return facts
+    return facts | _beside_the_layers(f)
 
 
 class _Reader:
@@ -138,12 +147,16 @@ class _Reader:
 _KINDS = {
     "full_attention": "full", "indexed_attention": "full", "global": "full",
     "sliding_attention": "sliding", "local": "sliding", "chunked_attention": "sliding",
-    "linear_attention": "linear",
+    "linear_attention": "linear", "minimax_m3_sparse": "sparse",
 }  # fmt: skip
 
 
 def _layer_kinds(f: _Reader, layers: int) -> list[str]:
-    """Full, sliding or linear attention of each layer."""
+    """Full, sparse, sliding or linear attention of each layer."""
+    sparse = f.get("sparse_attention_config", {})
+    marks = sparse.get("sparse_attention_freq") if isinstance(sparse, Mapping) else None
+    if isinstance(marks, list) and len(marks) >= layers and not f.has("layer_types"):
+        return ["sparse" if mark else "full" for mark in marks[:layers]]
     named = f.per_layer("layer_types", layers)
     if named is not None:
         unknown = sorted({str(n) for n in named if n not in _KINDS})
@@ -168,12 +181,8 @@ def _layer_kinds(f: _Reader, layers: int) -> list[str]:
 
 
 def _attention(f: _Reader, kinds: Sequence[str]) -> list[dict[str, Any]]:
-    makers = {"full": _full, "sliding": _sliding, "linear": _linear}
-    return [
-        {**makers[kind](f), "layers": kinds.count(kind)}
-        for kind in ("full", "sliding", "linear")
-        if kind in kinds
-    ]
+    makers = {"full": _full, "sparse": _sparse, "sliding": _sliding, "linear": _linear}
+    return [{**makers[kind](f), "layers": kinds.count(kind)} for kind in makers if kind in kinds]
 
 
 def _full(f: _Reader) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def _full(f: _Reader) -> dict[str, Any]:
         return _mla(f)
     heads = f.size("num_attention_heads")
     d = f.size("head_dim", default=f.size("hidden_size") // heads)
-    return {
+    return _pooled_indexer(f) | {
         "type": "gqa",
         "query_heads": heads,
         "kv_heads": f.size("num_key_value_heads", default=heads),
@@ -189,6 +198,100 @@ def _full(f: _Reader) -> dict[str, Any]:
         "value_dim": f.size("v_head_dim", default=d),
         "gated": f.family in GATED_QUERY or bool(f.get("attn_output_gate", False)),
     }
+
+
+def _pooled_indexer(f: _Reader) -> dict[str, Any]:
+    """The indexer of Qwen4's full layers: pooled keys, a budget of tokens (Qwen3.8-Flash-Next)."""
+    if not f.has("indexer_n_heads"):
+        return {}
+    return {
+        "indexer": {
+            "heads": f.size("indexer_n_heads"),
+            "dim": f.size("indexer_head_dim"),
+            "top_k": f.size("indexer_budget"),
+            "compress": f.size("indexer_compress_ratio"),
+        }
+    }
+
+
+def _sparse(f: _Reader) -> dict[str, Any]:
+    """MiniMax-M3: blocks of keys chosen by an indexer whose own keys are one head."""
+    nested = f.get("sparse_attention_config", {})
+    own = _Reader({**f.data, **nested} if isinstance(nested, Mapping) else f.data, f.name)
+    blocks = own.size("sparse_topk_blocks", "index_topk_blocks")
+    return _full(f) | {
+        "indexer": {
+            "heads": own.size("sparse_num_index_heads", "index_n_heads"),
+            "dim": own.size("sparse_index_dim", "index_head_dim"),
+            "top_k": blocks * own.size("sparse_block_size", "index_block_size"),
+        }
+    }
+
+
+_RATIOS = {
+    "sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128,
+}  # fmt: skip
+
+
+def _compressed(f: _Reader, layers: int) -> list[dict[str, Any]]:
+    """DeepSeek-V4: a window in every layer and, by layer, earlier tokens pooled `ratio` to one;
+    an indexer selects among the pools of 4."""
+    ratios = f.per_layer("compress_ratios", layers)
+    if ratios is None:
+        named = f.per_layer("layer_types", layers) or []
+        rates = f.get("compress_rates", {})
+        known = {**_RATIOS, **rates} if isinstance(rates, Mapping) else _RATIOS
+        ratios = [known.get(str(n)) for n in named]
+    bad = [r for r in ratios if isinstance(r, bool) or not isinstance(r, int) or r < 0]
+    if bad or not ratios:
+        raise f.refused("compress_ratios or layer_types say no ratio for each layer")
+    own = {
+        "type": "compressed",
+        "query_heads": f.size("num_attention_heads"),
+        "head_dim": f.size("head_dim"),
+        "q_lora": f.size("q_lora_rank"),
+        "window": f.size("sliding_window"),
+        "o_groups": f.size("o_groups"),
+        "o_lora": f.size("o_lora_rank"),
+    }
+    found = []
+    for ratio in sorted(set(ratios)):
+        group = {**own, "ratio": ratio, "layers": ratios.count(ratio)}
+        if ratio == min((r for r in ratios if r), default=0) and f.has("index_topk"):
+            group |= _indexer(f)
+        found.append(group)
+    return found
+
+
+def _indexer(f: _Reader) -> dict[str, Any]:
+    return {
+        "indexer": {
+            "heads": f.size("index_n_heads"),
+            "dim": f.size("index_head_dim"),
+            "top_k": f.size("index_topk"),
+        }
+    }
+
+
+def _beside_the_layers(f: _Reader) -> dict[str, Any]:
+    """Hyper-connections of DeepSeek-V4 and Qwen4, and Qwen4's table of n-grams."""
+    found: dict[str, Any] = {}
+    hidden = f.size("hidden_size")
+    if f.has("hc_mult"):
+        n = f.size("hc_mult", high=64)
+        found["residual"] = 2 * n * (n + 2) * n * hidden
+    elif f.has("hc_count"):
+        n = f.size("hc_count", high=64)
+        found["residual"] = 2 * n * hidden * (2 * f.size("hc_lowrank") + n)
+    if f.get("ple_layer_ids"):
+        heads = f.size("heads_per_ngram") * (f.size("ngram_size", low=2) - 1)
+        width, n = f.size("ple_embed_dim", default=hidden), f.size("hc_count")
+        found["ngram"] = {
+            "rows": heads * f.size("ngram_vocab_size_base"),
+            "width": width // heads,
+            "parameters": len(f.get("ple_layer_ids")) * width * hidden * (n + 1),
+        }
+    return found
 
 
 def _sliding(f: _Reader) -> dict[str, Any]:
@@ -218,13 +321,7 @@ def _mla(f: _Reader) -> dict[str, Any]:
         "rope": f.size("qk_rope_head_dim"),
         "value_dim": f.size("v_head_dim"),
     }
-    if f.has("index_topk"):
-        found["indexer"] = {
-            "heads": f.size("index_n_heads"),
-            "dim": f.size("index_head_dim"),
-            "top_k": f.size("index_topk"),
-        }
-    return found
+    return found | _indexer(f) if f.has("index_topk") else found
 
 
 def _linear(f: _Reader) -> dict[str, Any]:

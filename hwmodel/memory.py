@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hwmodel.model import ModelShape
-from hwmodel.operations import mtp_bytes
+from hwmodel.operations import STATE_BYTES, mtp_bytes
+from hwmodel.placement import attention_width
 from hwmodel.quant import block_bytes, role_bytes, weight_bytes
 from hwmodel.run import RunConfig
 from refimpl.errors import InputError
@@ -47,18 +48,21 @@ def kv_bytes(
     sliding_cache: str = "window",
     micro_batch: int = 512,
     sequences: int = 1,
+    share: int = 1,
 ) -> float:
-    """Bytes allocated for the KV cache of `sequences` sequences of `context` tokens."""
-    values = sum(
-        g.layers
-        * (
-            g.kv_values
-            * kv_rows(None if g.selected else g.window, context, micro_batch, sliding_cache)
-            + g.state_values
-        )
-        for g in model.attention
-    )
-    return sequences * values * kv_value_bytes(kv_type)
+    """Bytes allocated for the KV cache of `sequences` sequences of `context` tokens.
+
+    Args:
+        share: devices that a sequence's attention is split over; where these are more than the
+            KV heads, each head is kept on several of them, and a latent on all (SGLang and vLLM:
+            what data-parallel attention avoids, lmsys.org/blog/2024-12-04-sglang-v0-4).
+    """
+    values = states = 0.0
+    for g in model.attention:
+        rows = kv_rows(None if g.selected else g.window, context, micro_batch, sliding_cache)
+        values += g.layers * g.kv_values * rows / g.compress * max(1.0, share / g.kv_heads)
+        states += g.layers * g.state_values
+    return sequences * (values * kv_value_bytes(kv_type) + STATE_BYTES * states)
 
 
 def stated_scale(run: RunConfig) -> float:
@@ -130,8 +134,9 @@ def ledger(run: RunConfig, context: int) -> Ledger:
     disk = routed * place.ssd_share
     host = routed * place.host_expert_share + (total - routed) * place.host_layer_share
     host += (routed - routed * place.host_expert_share) * place.host_layer_share
+    share = attention_width(run)
     kv = kv_bytes(
-        run.model, context, work.kv_type, engine.sliding_cache, micro_batch, work.concurrency
+        run.model, context, work.kv_type, engine.sliding_cache, micro_batch, work.concurrency, share
     )
     vocab = sum(t.elements for t in run.model.tensors if t.kind == "embedding")
     buffers = compute_bytes(run.model, context, micro_batch, vocab // run.model.hidden_size)

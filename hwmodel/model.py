@@ -37,11 +37,13 @@ class TensorCount:
 class AttentionGroup:
     """Layers with the same attention.
 
-    `kv_values` is what one token adds to the cache of one layer (2 x KV heads x head_dim, or the
+    `kv_values` is what one entry of one layer's cache holds (2 x KV heads x head_dim, or the
     latent of MLA); `qk_values` and `pv_values` are the multiply-adds per query, layer and visible
-    key of QK and PV; `window` counts visible keys, None for all earlier ones, 0 for linear
-    attention, which reads `state_values` per token instead. `selected` says that the window is
-    not of the latest keys but of those that an indexer picks: the cache keeps all of them.
+    entry of QK and PV; `window` counts visible tokens, None for all earlier ones, 0 for linear
+    attention, which reads and writes `state_values` float32 values per step instead. `selected`
+    says that the window is not of the latest tokens but of those that an indexer picks: the cache
+    keeps all of them. `compress` tokens share one entry. `kv_heads` are the heads that tensor
+    parallelism can deal out; a latent is one, so that every device needs all of it.
     """
 
     layers: int
@@ -51,6 +53,8 @@ class AttentionGroup:
     window: int | None = None
     state_values: int = 0
     selected: bool = False
+    compress: int = 1
+    kv_heads: int = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +64,7 @@ class ModelShape:
     `certain` is False where the shape was guessed from totals. `tensors` holds the trunk and,
     marked `mtp`, the layers for speculative decoding. `released` is the month in which engines
     began to support the architecture; `query_heads` lists the numbers that occur,
-    `kinds` the kinds of attention (`gqa`, `mla`, `linear`).
+    `kinds` the kinds of attention (`gqa`, `mla`, `compressed`, `linear`).
     """
 
     name: str
@@ -159,12 +163,14 @@ def shape_of_config(config: ModelConfig, name: str = STEP_NAME) -> ModelShape:
         for t in inventory(config)
     )
     groups: dict[tuple[int, int, int, int | None], int] = {}
+    heads: dict[tuple[int, int, int, int | None], int] = {}
     for s in config.trunk:
         values = s.num_attention_groups * s.head_dim
         work = s.num_attention_heads * s.head_dim
         key = (2 * values, work, work, s.window)
         groups[key] = groups.get(key, 0) + 1
-    attention = tuple(AttentionGroup(n, *key) for key, n in groups.items())
+        heads[key] = s.num_attention_groups
+    attention = tuple(AttentionGroup(n, *key, kv_heads=heads[key]) for key, n in groups.items())
     return ModelShape(
         name=name,
         layers=config.num_hidden_layers,

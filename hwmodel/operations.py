@@ -18,7 +18,8 @@ from hwmodel.model import AttentionGroup, ModelShape
 from hwmodel.quant import Quant, role_bytes, tensor_bytes
 
 SCORES = "scores"
-_NO_PRODUCT = ("norm", "bias", "embedding")
+_NO_PRODUCT = ("norm", "bias", "embedding", "table")
+STATE_BYTES = 4  # engines keep the state of linear attention in float32
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,22 @@ class StepCounts:
 
     `multiply_adds` and `weight_bytes` by role (`scores` is QK and PV over visible keys);
     `kv_values_read` are the K and V values that any query of the step can see, `written` those
-    appended. Multiply by the bytes of the KV type.
+    appended. Multiply by the bytes of the KV type. `state_bytes` are those that linear attention
+    reads and writes. `shared_scores` and `shared_values_read` are the parts of scores and reads in
+    which all query heads meet one key (latents and indexers).
     """
 
     multiply_adds: Mapping[str, float]
     weight_bytes: Mapping[str, float]
     kv_values_read: float
     kv_values_written: float
+    state_bytes: float = 0.0
+    shared_scores: float = 0.0
+    shared_values_read: float = 0.0
+
+    def cache_bytes(self, value_bytes: float) -> float:
+        """Bytes that a step moves for what it remembers: KV values of `value_bytes`, states."""
+        return self.kv_values_read * value_bytes + self.state_bytes
 
     @property
     def flop(self) -> float:
@@ -83,10 +93,8 @@ def step_counts(
     adds: dict[str, float] = {}
     for role, elements in per_row.items():
         adds[role] = elements * (heads if role == "head" else total)
-    adds[SCORES] = sequences * sum(
-        g.layers * (g.qk_values + g.pv_values) * visible_pairs(depth, rows, g.window)
-        for g in model.attention
-    )
+    adds[SCORES] = sequences * _scores(model.attention, depth, rows)
+    shared = tuple(g for g in model.attention if g.kv_heads == 1)
     stored = role_bytes(model, quant)
     read = {r: v for r, v in stored.items() if r not in ("mtp", "embedding", "routed")}
     if model.experts:
@@ -103,19 +111,33 @@ def step_counts(
         multiply_adds=adds,
         weight_bytes=read,
         kv_values_read=sequences * _kv(model.attention, depth, rows),
-        kv_values_written=total * sum(g.layers * g.kv_values for g in model.attention),
+        kv_values_written=total * sum(g.layers * g.kv_values / g.compress for g in model.attention),
+        state_bytes=2.0 * STATE_BYTES * sequences * _states(model.attention),
+        shared_scores=sequences * _scores(shared, depth, rows),
+        shared_values_read=sequences * _kv(shared, depth, rows),
+    )
+
+
+def _scores(groups: tuple[AttentionGroup, ...], depth: int, rows: int) -> float:
+    return sum(
+        g.layers * (g.qk_values + g.pv_values) * visible_pairs(depth, rows, g.window) / g.compress
+        for g in groups
     )
 
 
 def _kv(groups: tuple[AttentionGroup, ...], depth: int, rows: int) -> float:
     return sum(
-        g.layers * (g.kv_values * visible_rows(depth, rows, g.window) + g.state_values)
-        for g in groups
+        g.layers * g.kv_values * visible_rows(depth, rows, g.window) / g.compress for g in groups
     )
 
 
+def _states(groups: tuple[AttentionGroup, ...]) -> int:
+    return sum(g.layers * g.state_values for g in groups)
+
+
 def _vocabulary(model: ModelShape) -> int:
-    table = sum(t.elements for t in model.tensors if t.kind == "embedding")
+    """Rows of all tables that a token looks one row up in."""
+    table = sum(t.elements for t in model.tensors if t.role == "embedding")
     return max(1, table // model.hidden_size)
 
 

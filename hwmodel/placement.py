@@ -94,7 +94,7 @@ def machine(run: RunConfig) -> Machine:
     if first.device_class == "cpu" and run.engine.engine.family == "llama.cpp":
         in_turn /= sockets(first)
     wide = summed if at_once else in_turn
-    kv_width = min(n, _kv_heads(run.model) * p.attention_groups) / n if at_once else 1.0
+    kv_width = min(1.0, kv_heads(run.model) / attention_width(run)) if at_once else 1.0
     flop = {k: v * (n if at_once else 1) for k, v in first.flop_per_s.items()}
     link = p.host_link_bytes_per_s or first.host_link_bytes_per_s or DEFAULT_HOST_LINK_BYTES_PER_S
     host = p.host_bandwidth_bytes_per_s or DEFAULT_HOST_BYTES_PER_S
@@ -125,9 +125,17 @@ def sockets(device: DeviceLike) -> int:
     return int(tail[:-1]) if tail[:-1].isdigit() and tail.endswith("s") else 1
 
 
-def _kv_heads(model: ModelShape) -> int:
-    widest = max((g.kv_values for g in model.attention), default=0)
-    return max(1, widest // 256)
+def attention_width(run: RunConfig) -> int:
+    """Devices that one sequence's attention is split over: 1 where they work in turn."""
+    at_once = run.placement.split in ("tensor", "expert")
+    return max(1, run.device_count // run.placement.attention_groups) if at_once else 1
+
+
+def kv_heads(model: ModelShape) -> int:
+    """KV heads of the layers whose cache grows with the context: 1 for a latent, which tensor
+    parallelism cannot deal out, so that every device keeps and reads all of it."""
+    growing = [g for g in model.attention if g.kv_values and (g.window is None or g.selected)]
+    return max(1, min((g.kv_heads for g in growing or model.attention), default=1))
 
 
 def _link_kind(device: DeviceLike) -> str:
@@ -181,7 +189,7 @@ def refusal(model: ModelShape, quant: Quant, split: Split, count: int) -> str | 
     bad = [h for h in heads if h % count]
     if bad:
         return f"{bad[0]} query heads do not divide by {count}"
-    kv = _kv_heads(model)
+    kv = kv_heads(model)
     if kv % count and count % kv:
         return f"{kv} KV heads neither divide by {count} nor replicate evenly"
     width = model.expert_width

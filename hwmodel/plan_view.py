@@ -6,7 +6,6 @@ import textwrap
 
 from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
-from hwmodel.fit import load_fit
 from hwmodel.plan import WORTHWHILE, Plan
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
@@ -229,7 +228,7 @@ def _sure(plan: Plan) -> list[str]:
 
 def _errors(plan: Plan) -> str:
     """What cross-validation found for decode on this device, else over all devices."""
-    found = load_fit().errors.get("decode_tok_s", {})
+    found = fit_for(plan.chosen.run).errors.get("decode_tok_s", {})
     device = plan.chosen.device.name
     own = found.get("by_device", {}).get(device)
     where, entry = (device, own) if own else ("all devices", found)

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hwmodel.effects import context_of
-from hwmodel.fit import Fit, load_fit, nearest_run, part_seconds, seconds, spread
+from hwmodel.fit import Fit, nearest_run, part_seconds, seconds, spread
 from hwmodel.placement import machine
+from hwmodel.probed import fit_for
 from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
 from hwmodel.speculative import tokens_per_step
 from hwmodel.timing import Part, decode_parts, prefill_parts
@@ -42,8 +43,8 @@ def predict(
     of one sequence, `ttft_s` seconds until its first token. The estimate is declined, with the
     reason, where no device or no size of the weights is known; it never raises for a run.
     """
-    fit = load_fit() if fit is None else fit
     try:
+        fit = fit_for(run) if fit is None else fit
         parts, amount = step_parts(run, quantity)
     except RefimplError as error:
         return _declined(quantity, str(error))
@@ -178,7 +179,7 @@ def _status(run: RunConfig, fit: Fit, quantity: Quantity) -> tuple[Status, str]:
         most = max(_reach(r.config, column, key) for r in alike)
         if _reach(own, column, key) > factor * max(least, most):
             return "extrapolated", f"no measured run there has more than {most:,.0f} {what}"
-    return "calibrated", ""
+    return ("extrapolated", fit.borrowed) if fit.borrowed else ("calibrated", "")
 
 
 def _drafts_measured(run: RunConfig, fit: Fit) -> bool:

@@ -95,6 +95,7 @@ class Quant:
             the rest Q8_0 as llama.cpp does or BF16 as published), `file` (sizes as read from a
             checkpoint), or `plain`.
         sizes: for `file`, stored bytes of each tensor of the model, in the model's order.
+        down: storage type of the routed experts' down projections where it is another.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Quant:
     rule: str
     rest: str = "BF16"
     sizes: tuple[int, ...] = ()
+    down: str = ""
 
     @property
     def family(self) -> str:
@@ -139,7 +141,8 @@ def _quants() -> dict[str, Quant]:
         Quant("INT8", "INT8", "linear"),
         Quant("INT4", "INT4_G128", "linear"),
         Quant("INT4-experts", "INT4_G32", "routed"),
-        Quant("IQ2-experts", "IQ2_XXS", "routed", rest="Q8_0"),
+        # ds4's file is named IQ2XXS-w2Q2K-AProjQ8-SExpQ8-OutQ8 (github.com/antirez/ds4/pull/706).
+        Quant("IQ2-experts", "IQ2_XXS", "routed", rest="Q8_0", down="Q2_K"),
         Quant("NVFP4", "NVFP4", "linear"),
         Quant("MXFP4", "MXFP4", "mxfp4", rest="Q8_0"),
         Quant("MXFP4-BF16", "MXFP4", "mxfp4", rest="BF16"),
@@ -205,7 +208,7 @@ def _plain_type(t: TensorCount, quant: Quant) -> str:
     if quant.rule == "linear":
         return "BF16" if outside or t.kind == "router" or t.mtp else quant.default
     if t.role == "routed":
-        return quant.default
+        return quant.down if quant.down and t.kind == "ffn_down" else quant.default
     if quant.rule == "mxfp4" and t.kind == "router":
         return "F32" if quant.rest == "Q8_0" else "BF16"
     return quant.rest

@@ -61,7 +61,7 @@ def step_points(candidate: Candidate) -> list[PhasePoint]:
 def _decode(c: Candidate, name: str, depth: int, sequences: int, drafts: int = 0) -> PhasePoint:
     run = c.at(depth=depth, concurrency=sequences, drafts=drafts)
     counts = step_counts(run.model, run.quant, depth, 1 + drafts, sequences)
-    kv = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
+    kv = counts.cache_bytes(kv_value_bytes(run.workload.kv_type))
     moved = sum(counts.weight_bytes.values()) + kv
     estimate = predict(run, "decode_tok_s")
     seconds = sum(t.seconds for t in estimate.terms)
@@ -74,7 +74,7 @@ def _prefill(c: Candidate, tokens: int) -> PhasePoint:
     counts = step_counts(run.model, run.quant, 0, tokens, logit_rows=1)
     chunk = min(tokens, run.workload.micro_batch or c.engine.micro_batch)
     each = step_counts(run.model, run.quant, 0, chunk, logit_rows=1)
-    kv = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
+    kv = counts.cache_bytes(kv_value_bytes(run.workload.kv_type))
     moved = sum(each.weight_bytes.values()) * -(-tokens // chunk) + kv
     estimate = predict(run, "prefill_tok_s")
     seconds = tokens / estimate.value if estimate.value else float("inf")

@@ -30,6 +30,7 @@ BANDWIDTH_PRIOR = {
 OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
 MOE_OVERHEAD = 50e-6
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
+SCORES_PRIOR = 0.30  # the same for scores of attention
 BATCH_COMPUTE_PRIOR = 0.20  # the same for a few rows per step
 HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
@@ -183,7 +184,7 @@ def _outside_parts(
 
 
 def _kv_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, depth: int) -> list[Part]:
-    size = counts.kv_values_read * kv_value_bytes(run.workload.kv_type)
+    size = counts.cache_bytes(kv_value_bytes(run.workload.kv_type))
     if size <= 0:
         return []
     effects = c.features("kv", "class", "device", "class+group")
@@ -191,7 +192,20 @@ def _kv_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, depth:
     if run.workload.kv_type not in ("f16", "bf16"):
         effects += ((f"kv/type={run.workload.kv_type}", 1.0),)
     base = size / m.kv_bandwidth_bytes_per_s
-    return [Part("KV cache", "memory bandwidth", base / 0.55, effects, base, size)]
+    found = [Part("KV cache", "memory bandwidth", base / 0.55, effects, base, size)]
+    if counts.shared_scores:
+        # Every query head meets the same key, so that even one row may compute longer than it
+        # reads; what the reads do not hide remains.
+        flop = 2 * counts.shared_scores
+        t = flop / m.flop("fp16") / SCORES_PRIOR
+        share = counts.shared_values_read / max(1.0, counts.kv_values_read)
+        left = t**2 / (t + share * base / 0.55)
+        limit = flop / m.best_flop(bits_per_weight(run.quant.default))
+        found.append(
+            Part("shared scores", "compute", left, c.features("shared scores", "class"), limit,
+                 flop=flop)
+        )  # fmt: skip
+    return found
 
 
 def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
@@ -350,8 +364,12 @@ def _compute_parts(
     if scores > 0:
         t = 2 * scores / m.flop("fp16") / speedup
         effects = c.features("scores", "class", "device", "class+group")
+        share = counts.shared_scores / scores
+        effects += (("scores/kind=shared", share),) if share else ()
         limit = 2 * scores / best
-        parts.append(Part("attention", "compute", t / 0.3, effects, limit, flop=2 * scores))
+        parts.append(
+            Part("attention", "compute", t / SCORES_PRIOR, effects, limit, flop=2 * scores)
+        )
     if on_host > 0:
         t = 2 * (dense + routed) * on_host / m.host_flop_per_s
         parts.append(Part("host arithmetic", "compute", t / 0.3, c.features("host compute"), t))

@@ -17,11 +17,31 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "qwen3_next",
-    "qwen3_5_moe_text", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa",
-    "glm4_moe_lite", "minimax_m2", "mimo_v2_flash", "gpt_oss", "gemma2", "gemma3_text",
-    "llama4_text", "ernie4_5_moe", "cohere2", "seed_oss", "phi3",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm4_moe",
+    "glm_moe_dsa",
+    "glm4_moe_lite",
+    "minimax_m2",
+    "mimo_v2_flash",
+    "gpt_oss",
+    "gemma2",
+    "gemma3_text",
+    "llama4_text",
+    "ernie4_5_moe",
+    "cohere2",
+    "seed_oss",
+    "phi3",
+)
+_SPARSE = [0] * 3 + [1] * 57  # fmt: skip
 # Published sizes that differ from the family's defaults (config.json of each repository).
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "kimi-k2": ("deepseek_v3", {
@@ -41,6 +61,23 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "first_k_dense_replace": 3, "vocab_size": 151552, "head_dim": 128, "attention_bias": True,
         "max_position_embeddings": 202752,
     }),
+    "deepseek-v4-flash": ("deepseek_v4", {
+        "compress_ratios": [0, 0, *(4 if i % 2 == 0 else 128 for i in range(2, 43))],
+    }),
+    "minimax-m3": ("minimax_m3_vl_text", {
+        "moe_layer_freq": _SPARSE, "sparse_attention_config": {"sparse_attention_freq": _SPARSE},
+    }),
+    "qwen3.8-flash-next": ("qwen4_exp_text", {
+        "hidden_size": 2560, "num_hidden_layers": 48, "num_attention_heads": 24,
+        "linear_num_value_heads": 48, "moe_intermediate_size": 640,
+        "shared_expert_intermediate_size": 640, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+        "indexer_head_dim": 128, "indexer_budget": 2048, "indexer_compress_ratio": 4,
+        "ple_layer_ids": [2], "ple_embed_dim": 2560, "split_ngram_parts": 128,
+        "eos_token_id": 248044, "max_position_embeddings": 262144,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+        },
+    }),
 }  # fmt: skip
 DROPPED = (
     "output_",
@@ -58,8 +95,10 @@ HERE = Path(__file__).parent
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter of transformers belongs to."""
-    if "embed_tokens" in name or name.startswith("lm_head"):
+    if "embed_tokens" in name or name.startswith("lm_head") or "ngram_embedding" in name:
         return "embedding"
+    if "_hc." in name or "hyper_connection" in name:
+        return "other"
     if ".experts." in name and "shared" not in name and "bias" not in name:
         return "routed"
     if "attn" in name and "norm" not in name:
@@ -74,7 +113,12 @@ def count(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 
     config = CONFIG_MAPPING[family](**changes)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        if family == "minimax_m3_vl_text":  # its class for text alone has no mapping
+            from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as code
+
+            model = code.MiniMaxM3VLForCausalLM(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
     parts = dict.fromkeys(PARTS, 0)
     for name, p in model.named_parameters():
         parts[part_of(name)] += p.numel()

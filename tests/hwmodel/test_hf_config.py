@@ -24,6 +24,8 @@ SHIPPED = {
     "kimi-k2": "kimi-k2", "glm-4.7-flash": "glm4_moe_lite", "deepseek-v2-lite": "deepseek-v2-lite",
     "mimo-v2-flash": "mimo_v2_flash", "minimax-m2": "minimax_m2", "gpt-oss-120b": "gpt_oss",
     "glm-4.5": "glm-4.7", "qwen3-next-80b-a3b": "qwen3_next",
+    "deepseek-v4-flash": "deepseek-v4-flash", "minimax-m3": "minimax-m3",
+    "qwen3.8-flash-next": "qwen3.8-flash-next",
 }  # fmt: skip
 
 
@@ -34,11 +36,12 @@ def _shape(name: str) -> ModelShape:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_built_model(name: str) -> None:
     """Biases and norms of heads are not counted: at most 0.04 % of the whole."""
-    shape, parts = _shape(name), MODELS[name]["parts"]
+    shape, parts, config = _shape(name), MODELS[name]["parts"], MODELS[name]["config"]
     assert shape.parameters == pytest.approx(MODELS[name]["parameters"], rel=4e-4)
     by = shape.parameters_by_role
     assert by.get("routed", 0) == parts["routed"]
-    assert by["embedding"] + by.get("head", 0) == parts["embedding"]
+    tables = by["embedding"] + by.get("head", 0)  # hash tables of n-grams have prime sizes
+    assert tables == pytest.approx(parts["embedding"], rel=1e-4 if "ngram_size" in config else 0)
     assert by["attention"] == pytest.approx(parts["attention"], rel=4e-4)
 
 
@@ -62,6 +65,34 @@ def test_selected_keys_are_all_kept_but_few_are_read() -> None:
     assert read == 61 * (576 * 2048 + 128 * 100_001)
 
 
+def test_pooled_tokens_share_an_entry_of_the_cache() -> None:
+    """DeepSeek-V4-Flash: 3,440 values a token beside its windows; the logs of the ds4 engine
+    (speed-bench/m4_max.csv) count 13,764 bytes a token, of float32."""
+    shape = load_model("deepseek-v4-flash")
+    grown = kv_bytes(shape, 65536, "f32") - kv_bytes(shape, 32768, "f32")
+    assert grown / 32768 == 4 * (21 * (512 + 128) / 4 + 20 * 512 / 128)
+    assert grown == pytest.approx(926_033_292 - 475_014_540, rel=1e-3)
+    read = step_counts(shape, load_quant("Q4_K_M"), 65535, 1).kv_values_read
+    pooled = 21 * (512 * 512 + 65536 / 4 * 128) + 20 * 65536 / 128 * 512
+    assert read == 43 * 128 * 512 + pooled
+
+
+def test_an_indexer_beside_grouped_heads_selects_blocks() -> None:
+    """MiniMax-M3: three layers read every key, the others 2,048 and one index key of each."""
+    shape = load_model("minimax-m3")
+    read = step_counts(shape, load_quant("FP8"), 99_999, 1).kv_values_read
+    assert read == 3 * 1024 * 100_000 + 57 * (1024 * 2048 + 128 * 100_000)
+    assert kv_bytes(shape, 100_000, "f16") == 2 * 100_000 * (60 * 1024 + 57 * 128)
+
+
+def test_a_table_of_n_grams_is_stored_and_not_multiplied() -> None:
+    shape, bf16 = load_model("qwen3.8-flash-next"), load_quant("BF16")
+    assert shape.parameters == pytest.approx(177e9, rel=0.01)
+    assert shape.active_parameters == pytest.approx(6.6e9, rel=0.02)
+    read = step_counts(shape, bf16, 0, 1).weight_bytes["embedding"]
+    assert read == pytest.approx(2 * 2560, rel=0.01)
+
+
 def test_sliding_layers_have_their_own_heads_and_window() -> None:
     shape = _shape("mimo_v2_flash")
     found = {(g.layers, g.kv_values, g.window) for g in shape.attention}
@@ -72,6 +103,8 @@ def test_linear_layers_carry_a_state_of_constant_size() -> None:
     shape = _shape("qwen3_next")
     linear = next(g for g in shape.attention if g.window == 0)
     assert (linear.layers, linear.state_values) == (36, 32 * 128 * 128)
+    counts = step_counts(shape, load_quant("BF16"), 0, 1, sequences=5)
+    assert counts.state_bytes == 5 * 36 * linear.state_values * 4 * 2  # float32, read and written
 
 
 def test_drafts_read_a_share_of_the_experts_and_the_heads_of_the_trunk() -> None:

@@ -1,0 +1,148 @@
+"""Efficiencies on probed devices: shares of what a probe measured, not of a datasheet's peak.
+
+Published runs are of devices whose peak is known, and their efficiencies say how much of it an
+engine reaches. A device file of `bench probe` states what memory and arithmetic gave when they were
+measured, which no engine falls short of in the same way; those efficiencies would count the losses
+twice. For such devices an engine's effects come from a host that was probed and measured alike:
+
+* the device's own, in `NAME.fit.json` beside its file, which `bench loop fit` writes; else
+* `fits/probed.json`, of the host of `reports/loop`. How far another host may be from it nobody
+  has measured; the band grows by what published runs of a device are further off when no run of
+  that device was in the fit.
+
+An engine that neither has is predicted with the published fit, and the estimate says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwmodel.fit import MAX_FIT_BYTES, Fit, from_json, load_fit, prior_spread, to_json
+from hwmodel.run import RunConfig
+from refimpl.errors import InputError
+
+if TYPE_CHECKING:
+    from hwmodel.devices import Device
+
+SCHEMA = 1
+NAME = "local"  # what the devices of the files are called
+_MEDIAN = 0.6745  # of |x| for a normal x of spread 1
+
+
+def shipped_path() -> Path:
+    """The efficiencies that ship with the project."""
+    return Path(__file__).parent / "fits" / "probed.json"
+
+
+def own_path(device: Device) -> Path | None:
+    """Where a device's own efficiencies lie: beside its file."""
+    path = Path(device.file)
+    return path.with_suffix(".fit.json") if path.suffix == ".toml" else None
+
+
+def fit_for(run: RunConfig) -> Fit:
+    """The fit that a run is predicted with.
+
+    Raises:
+        InputError: a fit file is damaged.
+    """
+    devices = [d.device for d in run.devices]
+    if not devices or not all(d is not None and d.peak_is_unknown for d in devices):
+        return load_fit()
+    device, engine = devices[0], run.engine.engine.name
+    own = own_path(device)
+    for path in (own, shipped_path()):
+        if path is not None and path.is_file():
+            found = _fit(path, path.stat().st_mtime_ns, engine, device.name, path == own)
+            if found is not None:
+                return found
+    return dataclasses.replace(
+        load_fit(), borrowed=f"no run of {engine} on a probed device: a measured speed is taken "
+        "for a datasheet's peak"
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _fit(path: Path, changed: int, engine: str, device: str, own: bool) -> Fit | None:
+    """An engine's fit in a file for a device of this name, None where the file has none."""
+    data = read(path)
+    entry = data["engines"].get(engine)
+    if entry is None:
+        return None
+    shipped = load_fit()
+    found = merged(renamed(from_json(entry, str(path)), device), shipped)
+    if own:
+        return found
+    sigma = {q: math.hypot(s, other_host(shipped, q)) for q, s in found.sigma.items()}
+    said = f"shares of the probed speed as {engine} reached them on one other host, {data['host']}"
+    return dataclasses.replace(found, sigma=sigma, borrowed=said)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of efficiencies, checked as far as its frame.
+
+    Raises:
+        InputError: it is too large, not JSON, or of another form.
+    """
+    try:
+        if path.stat().st_size > MAX_FIT_BYTES:
+            raise InputError(f"{path}: too large for a fit file ({MAX_FIT_BYTES} bytes at most)")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON fit file ({error}); run bench loop fit") from None
+    known = isinstance(data, dict) and data.get("schema") == SCHEMA
+    if not known or not isinstance(data.get("engines"), dict) or "host" not in data:
+        raise InputError(f"{path}: not written by bench loop fit with schema {SCHEMA}")
+    return dict(data)
+
+
+def as_file(fits: Mapping[str, Fit], host: str, as_of: str) -> dict[str, Any]:
+    """The JSON of a file: the effects that the host's runs speak of, by engine."""
+    return {
+        "schema": SCHEMA,
+        "host": host,
+        "as_of": as_of,
+        "engines": {engine: to_json(fit) for engine, fit in fits.items()},
+    }
+
+
+def renamed(fit: Fit, device: str) -> Fit:
+    """A fit whose effects of the device `local` are those of another name."""
+    ending = f"/device={NAME}"
+    effects = {
+        k.removesuffix(NAME) + device if k.endswith(ending) else k: v
+        for k, v in fit.effects.items()
+    }
+    return dataclasses.replace(fit, effects=effects)
+
+
+def merged(local: Fit, shipped: Fit) -> Fit:
+    """The local effects, and the shipped ones that local runs say nothing about (at the spread
+    that they had before any run)."""
+    names = [*local.effects, *(n for n in shipped.effects if n not in local.effects)]
+    rows = list(local.covariance)
+    rows += [(0.0,) * i + (prior_spread(names[i]) ** 2,) for i in range(len(rows), len(names))]
+    return dataclasses.replace(
+        local,
+        effects={n: local.effects.get(n, shipped.effect(n)) for n in names},
+        covariance=tuple(rows),
+    )
+
+
+def other_host(shipped: Fit, quantity: str) -> float:
+    """Spread (natural logarithm) between devices of a class: what the published fit's error grows
+    by where the device of a run is left out of it."""
+    errors = shipped.errors.get(quantity, {})
+    alone, apart = (
+        float(errors.get(k, {}).get("median", 0.0)) for k in ("leave_sweep_out", "leave_device_out")
+    )
+    return math.sqrt(max(0.0, apart**2 - alone**2)) / _MEDIAN
+
