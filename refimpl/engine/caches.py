@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, in the layout of `refimpl.engine.attention`."""
+"""Keys and values of one sequence, in the layout of `refimpl.engine.kv`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from refimpl.backend import Array, Tokens
 from refimpl.config import LayerSpec, ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS, require_rows, take, take_tokens
-from refimpl.engine.attention import KvType
 from refimpl.engine.drafting import MtpState
 from refimpl.engine.fields import Kv
+from refimpl.engine.kv import KvType
 from refimpl.engine.memory import Bytes, address, round_up, zeroed
 from refimpl.errors import InputError
 

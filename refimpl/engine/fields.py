@@ -146,7 +146,7 @@ class Step(IntEnum):
     HEAD_FIRST = 49  # first row whose logits are wanted
     OUT_LOGITS = 50
     OUT_BYTES = 51
-    STORE = 52  # addresses of attention.storing and attention.attending
+    STORE = 52  # addresses of kv.storing and attention.attending
     ATTEND = 53
     PARTS = 54  # ATTENTION_PART, FFN_PART or both
     BLOBS = 55  # offsets in a thread's scratch: addresses of a unit's blobs,
@@ -157,7 +157,9 @@ class Step(IntEnum):
     FETCH = 60  # called with a MoE layer's record once its experts are chosen, or 0,
     FETCHED = 61  # address of how often it has answered,
     ORDER = 62  # and of the order in which used experts are computed: the i-th one's number
-    SIZE = 63
+    PARTIALS = 63  # states of attention, see refimpl.engine.heads,
+    DONE = 64  # and for each KV head how many of them are there
+    SIZE = 65
 
 
 ATTENTION_PART, FFN_PART = 1, 2

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from refimpl.backend import Array, Cache, Step, Tokens
 from refimpl.checkpoint.fingerprint import fingerprint
+from refimpl.checkpoint.step_reads import StepReads, step_reads
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
-from refimpl.engine.attention import KV_TYPES, KvType
 from refimpl.engine.budget import planned_slots
 from refimpl.engine.caches import EngineCache, cache_bytes
 from refimpl.engine.drafting import draft_chain
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
+from refimpl.engine.kv import KV_TYPES, KvType
 from refimpl.engine.memory import Bytes, require_memory
 from refimpl.engine.program import Program
 from refimpl.engine.residency import Residency
@@ -162,6 +164,14 @@ class EngineModel:
         if len(ids) > _MAX_DECODE_ROWS:
             raise InputError(f"decode takes 1 to {_MAX_DECODE_ROWS} tokens, not {len(ids)}")
         return self._trunk(ids, own, len(ids), trace, row_by_row=True)
+
+    def draft_cost(self, depth: int) -> float:
+        """See `Backend.draft_cost`."""
+        return self._reads.draft_cost(depth)
+
+    @cached_property
+    def _reads(self) -> StepReads:
+        return step_reads(self.source)
 
     def draft(
         self,

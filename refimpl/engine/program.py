@@ -14,10 +14,12 @@ from numpy.typing import DTypeLike, NDArray
 from refimpl.backend import Array
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
-from refimpl.engine.attention import KvType, attending, state_bytes, storing
+from refimpl.engine.attention import attending
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Matrix, Step, float_bits
 from refimpl.engine.files import MappedFile
+from refimpl.engine.heads import attention_scratch, partial_bytes
+from refimpl.engine.kv import KvType, storing
 from refimpl.engine.memory import ALIGNMENT, Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
 from refimpl.engine.records import LayerRecord, Records, Site, layer_record
@@ -238,7 +240,7 @@ class Program:
         experts, k = (c.moe_num_experts, c.moe_top_k) if moe else (0, 1)
         columns = max(2 * c.hidden_size, c.intermediate_size, heads * c.head_dim,
                       c.moe_intermediate_size, c.share_expert_dim)  # fmt: skip
-        free = max(scratch_bytes(columns), state_bytes(group_heads, c.head_dim), experts)
+        free = max(scratch_bytes(columns), attention_scratch(group_heads, c.head_dim), experts)
         hidden = max(r.hidden.blob_bytes for r in self._layers)
         per_row = {
             Step.BLOB_BYTES: max(s.blob_bytes for s in inputs),
@@ -268,6 +270,8 @@ class Program:
             Step.HIDDEN_BLOB: t * k * hidden,
             Step.SHARED_BLOB: t * per_row[Step.SHARED_BLOB_BYTES],
             Step.ROUTED: t * 4 * c.hidden_size,
+            Step.PARTIALS: max(partial_bytes(s, c.max_position_embeddings) for s in c.layers),
+            Step.DONE: 64 * c.num_attention_groups,
             Step.SCRATCH: self._team.size * per_row[Step.SCRATCH_BYTES],
             Step.CLAIMS: CLAIM_BYTES * self._team.size * (CLAIMS_PER_LAYER * c.num_layers + 16),
         }

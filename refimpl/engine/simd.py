@@ -24,9 +24,10 @@ from refimpl.errors import InputError
 
 SIMD_NAMES = ("avx512", "avx2", "portable")
 _COMPILED = (
-    "activations", "amx", "amx_emulated", "attention", "bf16", "codes", "fields", "formats", "jit",
-    "kernels", "kernels512", "lanes", "maths", "moe", "simd", "step", "sums", "supers", "sync",
-    "tiles", "tiles_codes", "tiles_products", "tiles_values", "vec", "work", "x86",
+    "activations", "amx", "amx_emulated", "attention", "bf16", "codes", "fields", "formats",
+    "heads", "jit", "kernels", "kernels512", "kv", "lanes", "maths", "moe", "running", "simd",
+    "step", "sums", "supers", "sync", "tiles", "tiles_codes", "tiles_products", "tiles_values",
+    "vec", "work", "x86",
 )  # fmt: skip
 _ENVIRONMENT = "REFIMPL_SIMD"
 _NEEDS = {

@@ -22,6 +22,7 @@ from refimpl.engine.fields import (
     field,
     float_field,
 )
+from refimpl.engine.heads import heads_phase
 from refimpl.engine.jit import cfunc
 from refimpl.engine.maths import rms_norm, rotate
 from refimpl.engine.moe import (
@@ -126,7 +127,7 @@ def _attention(step, layer, cache, mine):
     wait(step, mine)
     _positions(step, layer, cache, mine, count)
     wait(step, mine)
-    _heads(step, layer, cache, mine, count)
+    heads_phase(step, layer, cache, mine, count)
     wait(step, mine)
     blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
     columns = field(layer, Layer.HEADS) * field(layer, Layer.LANES)
@@ -179,40 +180,6 @@ def _positions(step, layer, cache, mine, count):
         slot = g * slots + (field(step, Step.START) + t) % slots
         value = field(step, Step.VALUES) + at
         call_address(field(step, Step.STORE), (cache, slot, key, value, lanes))
-
-
-@device(types.void)
-def _heads(step, layer, cache, mine, count):
-    """Gated attention of every row and KV head into the heads' blobs."""
-    lanes, groups = field(layer, Layer.LANES), field(layer, Layer.GROUPS)
-    heads, window = field(layer, Layer.HEADS) // groups, field(layer, Layer.WINDOW)
-    slots, start = field(cache, Kv.SLOTS), field(step, Step.START)
-    earliest = field(cache, Kv.FIRST)
-    blob, blob_bytes = field(step, Step.HEADS_BLOB), field(step, Step.HEADS_BLOB_BYTES)
-    counters = claims(step, mine)
-    while True:
-        unit = claim(step, counters, count * groups, mine)
-        if unit >= count * groups:
-            return
-        t, g = unit // groups, unit % groups
-        last = start + t
-        first = max(earliest, last - window + 1) if window else earliest
-        at = 4 * g * heads
-        call_address(
-            field(step, Step.ATTEND),
-            (
-                field(step, Step.QUERIES) + t * field(step, Step.QUERY_BYTES) + at * lanes,
-                heads,
-                lanes,
-                cache,
-                g * slots,
-                first,
-                last,
-                field(step, Step.GATES) + t * field(step, Step.GATE_BYTES) + at,
-                blob + t * blob_bytes + at * lanes,
-                mine + field(step, Step.FREE),
-            ),
-        )
 
 
 @device(types.void)

@@ -1,0 +1,241 @@
+"""How keys and values are kept, and reading and writing them in compiled code.
+
+Cache layout of one layer, S slots (a multiple of 16), g KV heads, D lanes: keys as
+[g][S/16][D][16], sixteen positions side by side, so that scores need no horizontal sums; values as
+[g][S][D]. Position p lies in slot p mod S: a ring if S is less than the context. Types: f16, f32,
+and q8_0 (int8 with one float16 scale for 32 lanes, kept in an array of its own).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from refimpl.engine.fields import Kv, field
+from refimpl.engine.jit import cfunc, njit, overload
+from refimpl.engine.simd import Parameter, Simd
+from refimpl.engine.vec import (
+    F16x16,
+    F32x16,
+    I8x16,
+    I16x16,
+    I32x16,
+    convert,
+    load,
+    load_f32,
+    load_i8,
+    load_u16,
+    prefetch,
+    reduce_max,
+    reinterpret,
+    splat,
+    stack,
+    store,
+    store_f16,
+    store_f32,
+    store_i8,
+    vabs,
+    vmax,
+    vround,
+    zeros,
+)
+
+_INLINE = {"forceinline": True}
+
+
+@dataclass(frozen=True)
+class KvType(Parameter):
+    """How keys and values are kept: 'f16', 'f32' or 'q8_0'.
+
+    Attributes:
+        value_bytes: bytes of a value, without scales.
+        scaled: whether 32 values share a float16 scale.
+    """
+
+    value_bytes: int
+    scaled: bool = False
+
+    def row_bytes(self, lanes: int) -> int:
+        """Bytes of one head's key (or value) row."""
+        return lanes * self.value_bytes + (lanes // 32 * 2 if self.scaled else 0)
+
+
+KV_TYPES = {k.name: k for k in (KvType("f16", 2), KvType("f32", 4), KvType("q8_0", 1, True))}
+
+
+def key_scale(kv: Any, scales: int, block: int) -> Any:
+    """Scales of 32 lanes of the 16 keys of a slot group, as F32x16."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def load_key(kv: Any, keys: int, lane: int, scale: Any) -> Any:
+    """One lane of the 16 keys of a slot group, as F32x16; lanes and blocks of scales are counted
+    from the array's beginning on."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def value_scale(kv: Any, scales: int, block: int) -> Any:
+    """Scale of 32 lanes of a value, as F32x16."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def load_value(kv: Any, values: int, lane: int, scale: Any) -> Any:
+    """Lanes `lane`..`lane`+15 of a value, as F32x16; counted as for keys."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def fetch_ahead(kv: Any, array: int, value: int) -> Any:
+    """Ask for the cache lines of 32 values, by the number of the first in an array."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def store_key(kv: Any, keys: int, scales: int, slot: int, row: int, lanes: int) -> Any:
+    """Put a key row (float32 at `row`) into its slot."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def store_value(kv: Any, values: int, scales: int, slot: int, row: int, lanes: int) -> Any:
+    """Put a value row (float32 at `row`) into its slot."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+@overload(key_scale, jit_options=_INLINE)
+def _key_scale(kv, scales, block):
+    def none(kv, scales, block):
+        return zeros(F32x16)
+
+    def sixteen(kv, scales, block):
+        return convert(F32x16, load(F16x16, scales + block * 32))
+
+    return sixteen if kv.parameter.scaled else none
+
+
+@overload(value_scale, jit_options=_INLINE)
+def _value_scale(kv, scales, block):
+    def none(kv, scales, block):
+        return zeros(F32x16)
+
+    def one(kv, scales, block):
+        # not by a scalar: LLVM's load of one depends on a register that it takes at random
+        bits = splat(I16x16, types.int16(load_u16(scales + block * 2)))
+        return convert(F32x16, reinterpret(F16x16, bits))
+
+    return one if kv.parameter.scaled else none
+
+
+@overload(load_key, jit_options=_INLINE)
+def _load_key(kv, keys, lane, scale):
+    def f16(kv, keys, lane, scale):
+        return convert(F32x16, load(F16x16, keys + lane * 32))
+
+    def f32(kv, keys, lane, scale):
+        return load(F32x16, keys + lane * 64)
+
+    def q8_0(kv, keys, lane, scale):
+        return convert(F32x16, load(I8x16, keys + lane * 16)) * scale
+
+    return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
+
+
+@overload(load_value, jit_options=_INLINE)
+def _load_value(kv, values, lane, scale):
+    def f16(kv, values, lane, scale):
+        return convert(F32x16, load(F16x16, values + lane * 2))
+
+    def f32(kv, values, lane, scale):
+        return load(F32x16, values + lane * 4)
+
+    def q8_0(kv, values, lane, scale):
+        return convert(F32x16, load(I8x16, values + lane)) * scale
+
+    return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
+
+
+@overload(fetch_ahead, jit_options=_INLINE)
+def _fetch_ahead(kv, array, value):
+    size = kv.parameter.value_bytes
+
+    def one(kv, array, value):
+        prefetch(array + value * size)
+
+    def two(kv, array, value):
+        prefetch(array + value * size)
+        prefetch(array + value * size + 64)
+
+    return two if size == 4 else one
+
+
+@njit(forceinline=True)
+def _quantise(row, codes):
+    """Write 32 values as int8 at `codes`; their scale, max|x| / 127."""
+    low, high = load(F32x16, row), load(F32x16, row + 64)
+    scale = reduce_max(vmax(vabs(low), vabs(high))) / np.float32(127)
+    inverse = splat(F32x16, np.float32(1) / scale if scale > 0 else np.float32(0))
+    store(codes, convert(I8x16, convert(I32x16, vround(low * inverse))))
+    store(codes + 16, convert(I8x16, convert(I32x16, vround(high * inverse))))
+    return scale
+
+
+@overload(store_key, jit_options=_INLINE)
+def _store_key(kv, keys, scales, slot, row, lanes):
+    def f16(kv, keys, scales, slot, row, lanes):
+        at = keys + slot // 16 * lanes * 32 + slot % 16 * 2
+        for d in range(lanes):
+            store_f16(at + d * 32, load_f32(row + 4 * d))
+
+    def f32(kv, keys, scales, slot, row, lanes):
+        at = keys + slot // 16 * lanes * 64 + slot % 16 * 4
+        for d in range(lanes):
+            store_f32(at + d * 64, load_f32(row + 4 * d))
+
+    def q8_0(kv, keys, scales, slot, row, lanes):
+        at = keys + slot // 16 * lanes * 16 + slot % 16
+        to = scales + slot // 16 * (lanes // 32) * 32 + slot % 16 * 2
+        codes = stack(32)
+        for block in range(lanes // 32):
+            store_f16(to + 32 * block, _quantise(row + 128 * block, codes))
+            for i in range(32):
+                store_i8(at + (32 * block + i) * 16, load_i8(codes + i))
+
+    return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
+
+
+@overload(store_value, jit_options=_INLINE)
+def _store_value(kv, values, scales, slot, row, lanes):
+    def f16(kv, values, scales, slot, row, lanes):
+        for d in range(0, lanes, 16):
+            half = convert(F16x16, load(F32x16, row + 4 * d))
+            store(values + (slot * lanes + d) * 2, half)
+
+    def f32(kv, values, scales, slot, row, lanes):
+        for d in range(0, lanes, 16):
+            store(values + (slot * lanes + d) * 4, load(F32x16, row + 4 * d))
+
+    def q8_0(kv, values, scales, slot, row, lanes):
+        at, to = values + slot * lanes, scales + slot * (lanes // 32) * 2
+        for block in range(lanes // 32):
+            store_f16(to + 2 * block, _quantise(row + 128 * block, at + 32 * block))
+
+    return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
+
+
+@cache
+def storing(simd: Simd, kv: KvType) -> Any:
+    """The compiled function (cache record, slot, key, value, lanes) that keeps a position.
+
+    `slot` counts over all KV heads' slots; key and value are float32 rows (lanes,).
+    """
+
+    @cfunc(types.void(*[types.int64] * 5), cache=True, error_model="numpy")
+    def keep_position(record, slot, key, value, lanes):
+        simd  # noqa: B018  # part of the cache key
+        store_key(kv, field(record, Kv.KEYS), field(record, Kv.KEY_SCALES), slot, key, lanes)
+        store_value(
+            kv, field(record, Kv.VALUES), field(record, Kv.VALUE_SCALES), slot, value, lanes
+        )
+
+    return keep_position
