@@ -229,7 +229,7 @@ def _from_llama(record: dict[str, Any], tokens: tuple[int, int]) -> dict[str, An
 def _slices(model: Path) -> list[tuple[str, int, int]]:
     """Every expert slice of the file."""
     from refimpl.checkpoint.open import open_checkpoint
-    from refimpl.engine.residency import expert_slices
+    from refimpl.engine.expert_files import expert_slices
 
     with contextlib.closing(open_checkpoint(model)) as source:
         return expert_slices(source)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from refimpl.checkpoint.open import open_checkpoint
+from refimpl.engine.expert_files import KEYS
 from refimpl.engine.fields import Step
 from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.memory import address
 from refimpl.engine.model import EngineModel
-from refimpl.engine.residency import KEYS
 
 _CONTEXT = 512
 _ROWS = 64  # decoding alone needs no working memory for more

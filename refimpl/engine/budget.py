@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.disk import supported
+from refimpl.engine.expert_files import shared_parts, slot_bytes
+from refimpl.engine.expert_slots import minimal_slots
 from refimpl.engine.files import fits_memory
 from refimpl.engine.memory import available_bytes, own_bytes
 from refimpl.engine.program import Program
-from refimpl.engine.residency import minimal_slots, shared_parts, slot_bytes
 from refimpl.errors import InputError
 
 _LEAST_SPARE, _MOST_SPARE = 256 << 20, 1 << 30

@@ -18,10 +18,10 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.disk import slice_speed
+from refimpl.engine.expert_files import expert_slices
 from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
-from refimpl.engine.residency import expert_slices
 from refimpl.inventory import inventory
 
 
@@ -110,6 +110,10 @@ class Meter:
             for position in range(first, first + len(tokens)):
                 self._kv_values += row * min(position + 1, spec.window or position + 1)
         return step
+
+    def draft_cost(self, depth: int) -> float:
+        """See `Backend.draft_cost`."""
+        return self._model.draft_cost(depth)
 
     def draft(
         self,

@@ -17,15 +17,11 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.checkpoint.synth import tiny_a
 from refimpl.engine import budget, disk, memory
 from refimpl.engine.disk import BLOCK, DirectFile, Readers, slice_speed, span, supported
+from refimpl.engine.expert_files import expert_slices, shared_parts, slot_bytes
+from refimpl.engine.expert_slots import minimal_slots
 from refimpl.engine.memory import own_bytes
 from refimpl.engine.model import EngineModel
-from refimpl.engine.residency import (
-    Residency,
-    expert_slices,
-    minimal_slots,
-    shared_parts,
-    slot_bytes,
-)
+from refimpl.engine.residency import Residency
 from refimpl.errors import CheckpointError, InputError
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the system cannot read into memory")
