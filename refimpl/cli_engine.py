@@ -100,6 +100,9 @@ def _memory_bytes(size: float | None) -> int | None:
 
 def _note_residency(model: OpenModel) -> None:
     backend: Any = model.backend
+    program = getattr(backend, "program", None)
+    if program is not None and program.amx.failed:
+        note(f"note: prefill without AMX: {program.amx.reason}")
     residency = getattr(backend, "residency", None)
     if residency is not None:
         held, size = residency.slots, residency.slots * residency.slot_bytes
@@ -158,6 +161,7 @@ def about(model: OpenModel, made: Generation, given: dict[str, Any]) -> dict[str
         fields["simulated_acceptance"] = list(_rates(given["simulate_acceptance"]))
     meter = given.get("meter")
     if meter is not None:
+        note(f"stats: AMX in prefill: {fields['engine']['amx']}")
         fields["stats"] = stats = meter.report(made.timings.decoded_tokens)
         _print_stats(stats)
     return fields

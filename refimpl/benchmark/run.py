@@ -246,13 +246,16 @@ def _backend(source: StoredSource, settings: Settings, note: Note) -> Backend:
     from refimpl.engine.model import MICRO_BATCH, EngineModel
 
     with announced(lambda: note("compiling kernels for this CPU, once")):
-        return EngineModel(
+        model = EngineModel(
             source,
             threads=settings.threads,
             exact=settings.exact,
             kv_type=settings.kv_type,
             micro_batch=settings.micro_batch or MICRO_BATCH,
         )
+    if model.program.amx.failed:
+        note(f"note: prefill without AMX: {model.program.amx.reason}")
+    return model
 
 
 def _counter(source: StoredSource, backend: Backend) -> TrafficCounter | None:

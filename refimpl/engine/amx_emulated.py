@@ -82,7 +82,12 @@ def _second(pairs):
     return _flushed(reinterpret(F32x16, pairs & splat(I32x16, np.int32(-0x10000))))
 
 
-@njit
+@njit(forceinline=True)
+def _cleared(registers, tile):
+    for row in range(16):
+        store(registers + _TILE * tile + 64 * row, zeros(I8x64))
+
+
 def emulated_configure(registers, config):
     """LDTILECFG."""
     for at in range(0, _CONFIG, 64):
@@ -93,35 +98,30 @@ def emulated_configure(registers, config):
             store_i8(registers + _CONFIG, 0)
 
 
-@njit
 def emulated_release(registers):
     """TILERELEASE."""
     store(registers + _CONFIG, zeros(I8x64))
 
 
-@njit
 def emulated_zero(registers, tile):
     """TILEZERO."""
     if not _shaped(registers, tile):
         _fault(registers)
         return
-    for row in range(16):
-        store(registers + _TILE * tile + 64 * row, zeros(I8x64))
+    _cleared(registers, tile)
 
 
-@njit
 def emulated_load(registers, tile, address, stride):
     """TILELOADD: what is beyond the tile's shape becomes 0."""
     if not _shaped(registers, tile):
         _fault(registers)
         return
-    emulated_zero(registers, tile)
+    _cleared(registers, tile)
     for row in range(_rows(registers, tile)):
         for i in range(_row_bytes(registers, tile)):
             store_i8(registers + _TILE * tile + 64 * row + i, load_u8(address + row * stride + i))
 
 
-@njit
 def emulated_store(registers, tile, address, stride):
     """TILESTORED."""
     for row in range(_rows(registers, tile)):
@@ -129,7 +129,6 @@ def emulated_store(registers, tile, address, stride):
             store_i8(address + row * stride + i, load_u8(registers + _TILE * tile + 64 * row + i))
 
 
-@njit
 def emulated_dot(registers, c, a, b):
     """TDPBF16PS: c (M, N) += a (M, K pairs) x b (K, N pairs)."""
     fits = _rows(registers, a) == _rows(registers, c)

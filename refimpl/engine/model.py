@@ -48,9 +48,10 @@ class EngineModel:
         ring: False keeps all rows on sliding layers too (for tests of the ring).
 
     A row's result has the same bits for any number of threads and of drafts. Prompts in chunks of
-    up to 7 rows have the bits of decoding; larger ones (and `exact` never) differ by the order of
-    float32 sums, which turns some roundings of activations the other way: less than 2 % of the
-    logits' rms where no choice of experts flips, a third of what int8 activations themselves cost.
+    up to 7 rows have the bits of decoding; larger ones differ by the order of float32 sums, which
+    turns some roundings of activations the other way: less than 2 % of the logits' rms where no
+    choice of experts flips, a third of what int8 activations themselves cost (`exact`: 5e-5). With
+    AMX they take bfloat16 activations, nearer to float32 than int8 ones.
 
     Raises:
         InputError: an option that cannot be, or a tensor of a type without kernels.
@@ -126,6 +127,8 @@ class EngineModel:
     def identity(self) -> dict[str, str]:
         """What the bits of a cache depend on; see `Backend.identity`."""
         activations = "float32" if self._exact else "int8"
+        if self.program.amx.unit is not None:
+            activations += " or, in prefill, bfloat16"
         return {
             "weights": fingerprint(self.source),
             "arithmetic": f"engine {self._simd.name}, {activations} activations, "
@@ -207,6 +210,7 @@ class EngineModel:
             "simd": self._simd.name,
             "threads": self.threads,
             "activations": "float32" if self._exact or not self._simd.integer else "int8",
+            "amx": self.program.amx.text,
             "kv_type": self._kv.name,
             "experts_held": None if self.residency is None else self.residency.slots,
         }

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from refimpl.backend import Array
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
+from refimpl.engine.amx_choice import AmxChoice
 from refimpl.engine.attention import attending
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Matrix, Step, float_bits
@@ -137,6 +138,11 @@ class Program:
         self._step[Step.ORDER] = self._records.keep(order)
         self._step[Step.FETCH] = fetch
         self._finish = finish
+
+    @property
+    def amx(self) -> AmxChoice:
+        """Whether prefill uses AMX."""
+        return self._records.amx
 
     @property
     def files(self) -> tuple[MappedFile, ...]:
