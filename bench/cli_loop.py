@@ -40,6 +40,7 @@ def loop() -> None:
       git add reports/loop && git commit -m 'Predictions for this host'
       bench loop measure
       bench loop compare
+      bench loop fit
     """
 
 
@@ -186,6 +187,39 @@ def compare(data: str, as_json: bool) -> None:
     for path in [folder / COMPARISON, folder / "comparison.csv",
                  *save(loop_figure(found), folder, "loop")]:  # fmt: skip
         note(f"wrote {path}")
+
+
+@loop.command()
+@_data
+@_models
+@click.option("--out", metavar="FILE",
+              help="File to write. [default: local.fit.json in your device folder]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
+def fit(data: str, models: str, out: str | None, as_json: bool) -> None:
+    """Fit this host's efficiencies to all of the loop's points, for 'hwmodel plan'.
+
+    Shares of the probed speeds, by engine, with the error of points whose file the fit never saw.
+    'hwmodel plan --device local' uses them from then on.
+
+    \b
+    Example:
+      bench loop fit
+      hwmodel plan --device local
+    """
+    from bench.engine_run import all_rounds
+    from bench.loop_fit import fit_loop
+    from bench.loop_run import write
+    from bench.loop_view import fit_text
+    from hwmodel.devices import user_folder
+
+    path = Path(out) if out else user_folder() / "local.fit.json"
+    made = fit_loop(Path(data), Path(models), all_rounds(Path(data)))
+    if as_json:
+        print_json({engine: entry["errors"] for engine, entry in made["engines"].items()})
+    else:
+        click.echo(fit_text(made))
+    write(path, made)
+    note(f"wrote {path}")
 
 
 def _names(only: tuple[str, ...]) -> list[str]:

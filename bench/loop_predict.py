@@ -17,6 +17,7 @@ from bench.loop_points import ENGINES, Point, model_file
 from bench.problem import Problem, Sample
 from hwmodel.fit import Fit, level_of, load_fit, part_seconds, prior_spread
 from hwmodel.predict import config_columns, predict, step_parts
+from hwmodel.probed import merged
 from hwmodel.quant import load_quant
 from hwmodel.run import DeviceCount, EngineChoice, RunConfig, Workload
 
@@ -97,11 +98,17 @@ def fit_host(host: Host, measured: Mapping[str, float], points: Sequence[Point])
     for engine in ENGINES:
         mine = [p for p in points if p.probe and p.engine == engine and p.id in measured]
         if mine:
-            found[engine] = _fit([_sample(host.run(p), p, measured[p.id]) for p in mine], shipped)
+            found[engine] = _fit([sample_of(host, p, measured[p.id]) for p in mine], shipped)
     return found
 
 
-def _sample(run: RunConfig, point: Point, tok_s: float) -> Sample:
+def sample_of(host: Host, point: Point, tok_s: float) -> Sample:
+    """A measured point with the parts that predict it.
+
+    Raises:
+        InputError: it cannot be described to the cost model.
+    """
+    run = host.run(point)
     parts, amount = step_parts(run, point.quantity)
     device = run.devices[0].device.name
     return Sample(
@@ -111,23 +118,20 @@ def _sample(run: RunConfig, point: Point, tok_s: float) -> Sample:
 
 def _fit(samples: Sequence[Sample], shipped: Fit) -> Fit:
     """The shipped effects, moved as far as the samples ask for."""
+    return merged(moved(samples, shipped), shipped)
+
+
+def moved(samples: Sequence[Sample], shipped: Fit) -> Fit:
+    """Of the shipped effects those that the samples speak of, moved as far as they ask for."""
     import numpy as np
 
     problem = Problem([_from_shipped(s, shipped) for s in samples])
     problem.spread = np.array([_spread(name) for name in problem.names])
     moves, inverse = problem.solve()
-    here = dict(zip(problem.names, map(float, moves), strict=True))
-    names = [*problem.names, *(n for n in shipped.effects if n not in here)]
-    index = {n: i for i, n in enumerate(problem.names)}
-    rows = []
-    for i, name in enumerate(names):
-        if name in index:
-            rows.append(tuple(float(v) for v in inverse[i, : i + 1]))
-        else:
-            rows.append((0.0,) * i + (prior_spread(name) ** 2,))
+    both = zip(problem.names, map(float, moves), strict=True)
     return Fit(
-        effects={n: shipped.effect(n) + here.get(n, 0.0) for n in names},
-        covariance=tuple(rows),
+        effects={n: shipped.effect(n) + move for n, move in both},
+        covariance=tuple(tuple(map(float, row[: i + 1])) for i, row in enumerate(inverse)),
         sigma={"decode_tok_s": RESIDUAL, "prefill_tok_s": RESIDUAL},
         band=shipped.band,
         as_of=shipped.as_of,

@@ -199,7 +199,7 @@ def compare_loop(folder: Path, rounds: Sequence[Round]) -> dict[str, Any]:
         raise RunFileError(
             f"{folder / PREDICTIONS}: not written by bench loop predict ({error!r})"
         ) from None
-    outside = [p for p in known if not p.probe]
+    outside = [p for p in known if p.id not in seen]  # as the predictions list them
     found = {**measured(rounds, outside, seen), **seen}
     rows = []
     for r in listed:

@@ -7,6 +7,7 @@ import textwrap
 from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
 from hwmodel.plan import WORTHWHILE, Plan
+from hwmodel.probed import fit_for
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
 
@@ -235,8 +236,11 @@ def _errors(plan: Plan) -> str:
     errors = entry.get("leave_sweep_out", {})
     if not errors.get("n"):
         return ""
+    what = "runs left out of the fit in whole sweeps"
+    if plan.chosen.device.peak_is_unknown:
+        what = "points of files that the fit never saw"
     return (
-        f"; decode on {where}, runs left out of the fit in whole sweeps: median error "
+        f"; decode on {where}, {what}: median error "
         f"{100 * errors['median']:.0f} %, 90th percentile {100 * errors['p90']:.0f} % "
         f"({errors['n']} runs)"
     )

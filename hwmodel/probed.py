@@ -52,10 +52,12 @@ def fit_for(run: RunConfig) -> Fit:
     Raises:
         InputError: a fit file is damaged.
     """
-    devices = [d.device for d in run.devices]
-    if not devices or not all(d is not None and d.peak_is_unknown for d in devices):
+    from hwmodel.devices import Device
+
+    probed = [d.device for d in run.devices if isinstance(d.device, Device)]
+    if not probed or not all(d.peak_is_unknown for d in probed):
         return load_fit()
-    device, engine = devices[0], run.engine.engine.name
+    device, engine = probed[0], run.engine.engine.name
     own = own_path(device)
     for path in (own, shipped_path()):
         if path is not None and path.is_file():
@@ -121,7 +123,13 @@ def renamed(fit: Fit, device: str) -> Fit:
         k.removesuffix(NAME) + device if k.endswith(ending) else k: v
         for k, v in fit.effects.items()
     }
-    return dataclasses.replace(fit, effects=effects)
+    errors = {
+        q: {**e, "by_device": {device: {"leave_sweep_out": e["leave_sweep_out"]}}}
+        if "leave_sweep_out" in e
+        else e
+        for q, e in fit.errors.items()
+    }
+    return dataclasses.replace(fit, effects=effects, errors=errors)
 
 
 def merged(local: Fit, shipped: Fit) -> Fit:
@@ -145,4 +153,3 @@ def other_host(shipped: Fit, quantity: str) -> float:
         float(errors.get(k, {}).get("median", 0.0)) for k in ("leave_sweep_out", "leave_device_out")
     )
     return math.sqrt(max(0.0, apart**2 - alone**2)) / _MEDIAN
-
