@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,8 +23,9 @@ class CommandGroup(SentenceGroup):
 
 
 def note(message: str) -> None:
-    """Print a remark to stderr, as one line."""
-    click.echo(" ".join(message.split()), err=True)
+    """Print a remark to stderr, as one line; where nobody can read it the work goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(" ".join(message.split()), err=True)
 
 
 def print_json(value: Any) -> None:

@@ -69,6 +69,7 @@ class SentenceGroup(click.Group):
         """Run the command line; in standalone mode (the default) ends the process."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        _occupy_closed_streams()
         try:
             code = super().main(args, prog_name, complete_var, False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -79,6 +80,9 @@ class SentenceGroup(click.Group):
             code = BAD_INPUT
         except click.Abort:
             code = INTERRUPTED
+        except OSError as error:  # of the help, which is printed before a command is invoked
+            self.complain(_failed(error))
+            code = BAD_INPUT
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -91,7 +95,7 @@ class SentenceGroup(click.Group):
             _forget_stdout()
             ctx.exit(BROKEN_PIPE)
         except OSError as error:
-            self.complain(f"{error.filename or 'output'}: {error.strerror or error}")
+            self.complain(_failed(error))
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package in ("", "refimpl", "hwmodel", "bench"):
@@ -151,9 +155,26 @@ def _usage_sentence(error: click.ClickException) -> str:
     return f"{message} (see '{ctx.command_path} --help')" if ctx is not None else message
 
 
+def _failed(error: OSError) -> str:
+    return f"{error.filename or 'output'}: {error.strerror or error}"
+
+
 def note(message: str) -> None:
-    """Print a remark to stderr, as one line."""
-    click.echo(f"refimpl: {' '.join(message.splitlines())}", err=True)
+    """Print a remark to stderr, as one line; where nobody can read it the work goes on."""
+    with contextlib.suppress(OSError):
+        click.echo(f"refimpl: {' '.join(message.splitlines())}", err=True)
+
+
+def _occupy_closed_streams() -> None:
+    """Let closed standard streams lead nowhere. A file that is opened later would else get the
+    number of one of them, and remarks for stderr would be written into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _forget_stdout() -> None:

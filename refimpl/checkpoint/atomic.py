@@ -13,6 +13,21 @@ from typing import BinaryIO
 from refimpl.errors import InputError
 
 
+def replaceable(path: Path) -> Path:
+    """The file that a name stands for: of a link its goal, so that the link stays.
+
+    Raises:
+        InputError: it is a folder, a device or a pipe. The last two would not be written to but
+            replaced: as root even /dev/null.
+    """
+    goal = Path(os.path.realpath(path))
+    if goal.is_dir():
+        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    if goal.exists() and not goal.is_file():
+        raise InputError(f"{path}: is a device or a pipe, expected the name of a file to write")
+    return goal
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that replaces `path` when the block ends without an error.
@@ -21,13 +36,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Ctrl-C included.
 
     Raises:
-        InputError: the folder is missing, `path` is a folder, or the disk refuses the bytes.
+        InputError: the folder is missing, `path` is no file, or the disk refuses the bytes.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected the name of a file to write")
+    goal = replaceable(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{goal.name}.", suffix=".part", dir=goal.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     try:
@@ -37,8 +50,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        sync_folder(path.parent)
+        os.replace(name, goal)
+        sync_folder(goal.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:

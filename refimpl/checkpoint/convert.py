@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refimpl.checkpoint.atomic import replaceable
 from refimpl.checkpoint.block_types import PLAIN
 from refimpl.checkpoint.gguf_write import row_ranges, write_gguf
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
@@ -71,8 +72,8 @@ def convert(
     sources = [src] if mtp_path is None else [src, Path(mtp_path)]
     if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
-    if to_gguf and out.is_dir():
-        raise InputError(f"{out}: is a folder, expected the name of a file to write")
+    if to_gguf:
+        replaceable(out)
     if to_gguf and out.exists() and not overwrite:
         raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
     source = open_checkpoint(src, mtp_path=mtp_path)

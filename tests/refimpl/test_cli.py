@@ -167,3 +167,32 @@ def test_without_arguments_the_help_is_shown() -> None:
     done = CliRunner().invoke(main, [])
     assert done.exit_code == 2
     assert "Commands:" in done.output
+
+
+FULL = Path("/dev/full")  # every write to it finds the disk full
+full = pytest.mark.skipif(not FULL.is_char_device(), reason="this system has no /dev/full")
+
+
+def in_shell(words: str, redirection: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A `refimpl` command with its streams led elsewhere."""
+    command = f'"{sys.executable}" -c "from refimpl.cli import main; main()" {words} {redirection}'
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=folder)
+
+
+@full
+@pytest.mark.parametrize("words", ["--help", "inspect mini", "inspect mini --json"])
+def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) -> None:
+    done = in_shell(words, f">{FULL}", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "refimpl: error: output: No space left on device\n"
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param(f"2>{FULL}", marks=full)])
+def test_remarks_that_nobody_can_read_do_not_stop_the_work(
+    redirection: str, folder: Path, tmp_path: Path
+) -> None:
+    done = in_shell(f"convert {folder}/model out.gguf --type f32", redirection, tmp_path)  # has a remark
+    assert done.returncode == 0 and done.stderr == ""
+    read = in_shell("inspect out.gguf --json", redirection, tmp_path)
+    assert json.loads(read.stdout)["format"] == "GGUF"
+    assert in_shell("inspect nothing.gguf", redirection, tmp_path).returncode == 2

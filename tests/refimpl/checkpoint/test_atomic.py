@@ -1,0 +1,50 @@
+"""Files are replaced whole or not at all, and nothing but files is replaced."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.convert import convert
+from refimpl.errors import InputError
+
+
+def test_a_pipe_or_device_is_refused_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match="device or a pipe"), atomic_file(tmp_path / name):
+            pytest.fail("nothing may be written")
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_a_conversion_does_not_replace_a_pipe(made, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="device or a pipe"):
+        convert(made("micro", "hf-f32"), pipe, "f32", overwrite=True)
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+
+
+def test_a_link_stays_and_its_goal_is_replaced(tmp_path: Path) -> None:
+    goal, link = tmp_path / "goal", tmp_path / "folder" / "link"
+    goal.write_bytes(b"old")
+    link.parent.mkdir()
+    link.symlink_to(goal)
+    with atomic_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink() and goal.read_bytes() == b"new"
+    assert os.listdir(link.parent) == ["link"]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
