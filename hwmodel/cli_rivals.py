@@ -25,7 +25,7 @@ import click
 @click.option(
     "--attention",
     type=click.Choice(["split", "machine", "card"]),
-    default="machine",
+    default="card",
     show_default=True,
     help="What a sequence's attention is spread over, on more than 8 cards.",
 )
@@ -34,12 +34,14 @@ import click
 def rivals(sliding: str, links: str, attention: str, device: str | None, as_json: bool) -> None:
     """The vendor's relative decoding cost at 128K on Hopper, recomputed under stated assumptions.
 
-    Cost is device time per token, at the largest batch that keeps the stated speed.
+    Cost is device time per token, at the largest batch that keeps the stated speed. The vendor
+    estimated its figures too, and says neither which Hopper card nor where attention lies.
 
     \b
     Examples:
       hwmodel rivals
-      hwmodel rivals --attention card --sliding full
+      hwmodel rivals --device h200 --attention machine
+      hwmodel rivals --sliding full
     """
     from hwmodel.cli_support import print_json, table
     from hwmodel.plan_view import figure

@@ -45,6 +45,7 @@ class RentOffer:
     usd_per_h: float
     note: str
     source: str
+    as_of: str = ""
 
 
 @lru_cache(maxsize=64)
@@ -58,9 +59,8 @@ def rent_offers(device: str) -> tuple[RentOffer, ...]:
         for key, value in raw["rent"].get(device, {}).items()
     ]
     own = load_device(device).quantities.get("price.rent_usd_per_h")
-    found = [RentOffer(q.value, q.note, q.source) for q in listed]
-    if own is not None:
-        found.append(RentOffer(own.value, own.note, own.source))
+    quoted = [*listed, own] if own is not None else listed
+    found = [RentOffer(q.value, q.note, q.source, q.as_of) for q in quoted]
     return tuple(sorted(found, key=lambda o: o.usd_per_h))
 
 

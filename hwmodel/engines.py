@@ -91,6 +91,13 @@ class Engine:
     file: str
 
     @property
+    def label(self) -> str:
+        """Title with the version and the month that its facts are of."""
+        version = f" {self.version}" if self.version else ""
+        dated = self.date and "(" not in self.version
+        return f"{self.title}{version}" + (f" ({self.date})" if dated else "")
+
+    @property
     def micro_batch(self) -> int:
         """Prompt tokens computed together when nothing else is said."""
         return int(self.quantities["memory.micro_batch"].value)

@@ -2,8 +2,14 @@
 
 A token's cost is taken as device time: devices / (batch x tokens/s of each sequence), at the
 largest batch that keeps the stated speed and fits the memory. Depth, cards, drafts and speed are
-those of the vendor's table (`data/rivals.toml`); engine, KV type, the cards' model and whether
-sliding layers keep only their window are assumptions, stated with the result.
+those of the vendor's table (`data/rivals.toml`); engine, KV type, the cards' model, where a
+sequence's attention lies and whether sliding layers keep only their window are assumptions, stated
+with the result. The vendor's own figures are estimates too, by a method like that of
+arXiv 2507.19427, and name neither the card nor the placement of attention (note 4 of its table).
+
+Latents cannot be dealt out over cards, so that engines keep the attention of each sequence on one
+card where they serve such models (SGLang's recommended launch of DeepSeek-V3.2 is `--dp 8
+--enable-dp-attention`, docs.sglang.io/basic_usage/deepseek_v32.html); that is the default here.
 """
 
 from __future__ import annotations
@@ -61,7 +67,7 @@ def compare_rivals(
     sliding: str = "window",
     links: str = "network",
     device: str | None = None,
-    attention: str = "machine",
+    attention: str = "card",
 ) -> Comparison:
     """Recompute the vendor's table.
 

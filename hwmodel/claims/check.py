@@ -47,6 +47,7 @@ def claims_json(checked: Sequence[Checked]) -> dict[str, Any]:
                 "why": f.why,
                 "command": f.command,
                 "extrapolated": f.extrapolated,
+                "rests_on": list(f.rests_on),
                 "values": dict(f.values),
             }
             for c, f in checked
@@ -63,6 +64,7 @@ def claims_text(checked: Sequence[Checked]) -> str:
             ("computed", f.computed),
             ("verdict", f.verdict + ("  (rests on an extrapolation)" if f.extrapolated else "")),
             ("why", f.why),
+            ("rests on", "; ".join(f.rests_on)),
             ("again", f.command),
         ):
             if text and text != "-":
@@ -118,6 +120,8 @@ def claims_markdown(checked: Sequence[Checked]) -> str:
         if f.computed != "-":
             lines += [f"Computed: {f.computed}.", ""]
         lines += [f"Verdict: **{f.verdict}**. {f.why}", ""]
+        if f.rests_on:
+            lines += [f"Rests on: {'; '.join(f.rests_on)}.", ""]
         if f.command:
             lines += [f"Again: `{f.command}`", ""]
     return "\n".join(lines)

@@ -37,6 +37,7 @@ class Finding:
         command: prints the figures again.
         values: the figures by name, for programs.
         extrapolated: the verdict rests on an estimate beyond the measured runs.
+        rests_on: data of a date on which the verdict depends: engine versions, prices, limits.
     """
 
     computed: str
@@ -45,6 +46,7 @@ class Finding:
     command: str
     values: Mapping[str, float | None]
     extrapolated: bool = False
+    rests_on: tuple[str, ...] = ()
 
 
 Test = Callable[[], Finding]

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from hwmodel.candidate import Candidate
+from hwmodel.devices import load_device, read_sources, read_toml
 from hwmodel.engines import load_engine
 from hwmodel.model import step_shape
 from hwmodel.plan import Plan, make_plan
 from hwmodel.predict import predict
+from hwmodel.quantity import Quantity, read_quantity
 from hwmodel.request import PlanRequest, make_request
 from hwmodel.run import Estimate, Split
 from hwmodel.search import make_candidate, splits_of, why_illegal
@@ -57,6 +60,34 @@ class Speed:
         """`8x h100, sglang, FP8-experts`."""
         c = self.candidate
         return f"{c.count}x {c.device.name}, {c.engine.title}, {c.run.quant.name}"
+
+
+def dated(*found: Speed | Candidate) -> tuple[str, ...]:
+    """The engines of some configurations with version and date: `vLLM 0.28 (2026-08)`."""
+    engines = [(f.candidate if isinstance(f, Speed) else f).engine for f in found]
+    return tuple(dict.fromkeys(e.label for e in engines))
+
+
+def at_the_launch(engine: str) -> Quantity:
+    """Drafts that an engine could make with the model when the articles were written."""
+    path = Path(__file__).parents[1] / "data" / "launch.toml"
+    raw = read_toml(path)
+    key = f"drafts.{engine}"
+    return read_quantity(path, key, raw["drafts"][engine], read_sources(raw, path))
+
+
+def priced(device: str, *keys: str) -> tuple[str, ...]:
+    """Figures of a device file with their date: `price.buy_usd of rtx4090 (list price, 2022)`."""
+    held = load_device(device)
+    found = [(key, held.quantities.get(key)) for key in keys]
+    return tuple(
+        f"{key} of {held.name} ({', '.join(_origin(q))})" for key, q in found if q is not None
+    )
+
+
+def _origin(q: Quantity) -> list[str]:
+    doubt = "" if q.is_verified else "unverified"
+    return [text for text in (q.note, q.as_of, doubt) if text]
 
 
 @lru_cache(maxsize=64)

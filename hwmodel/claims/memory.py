@@ -6,7 +6,15 @@ import math
 
 from hwmodel.candidate import Candidate
 from hwmodel.claims.finding import CONTRADICTED, HOLDS, Finding, Test, untestable, when
-from hwmodel.claims.machines import at_speed, fewest, fixed, holding, plan_for
+from hwmodel.claims.machines import (
+    at_speed,
+    dated,
+    fewest,
+    fixed,
+    holding,
+    plan_for,
+    priced,
+)
 from hwmodel.devices import load_device
 from hwmodel.memory import kv_bytes, ledger
 from hwmodel.model import step_shape
@@ -65,6 +73,7 @@ def at_least_120() -> Finding:
             "int4_32k_bytes": int4, "int4_256k_bytes": whole, "iq3_xxs_32k_bytes": small,
             "longest_in_120_gb": float(longest),
         },
+        rests_on=dated(fixed("m4max", 1, "Q4_K_S", "llama.cpp")),
     )  # fmt: skip
 
 
@@ -92,12 +101,14 @@ def overhead_7() -> Finding:
         "stay at their window.",
         command="hwmodel explain memory --device m4max --quant Q4_K_S --depth 256K",
         values={"at_8k_bytes": short, "at_256k_bytes": whole, "longest": float(longest)},
+        rests_on=dated(fixed("m4max", 1, "Q4_K_S", "llama.cpp")),
     )
 
 
 def unified_128() -> Finding:
     """C13"""
     found: list[str] = []
+    limits: list[str] = []
     values: dict[str, float | None] = {}
     able = as_is = True
     for name in ("m4max", "dgx-spark", "ryzen-ai-max-395"):
@@ -105,6 +116,7 @@ def unified_128() -> Finding:
         state = "fits" if plan.fits else f"fits after: {plan.fits_with}" if plan.holds else "no"
         found.append(f"{name} {state}, {plan.max_context:,} tokens")
         values[f"{name}_margin_bytes"] = plan.memory.raised_margin_bytes
+        limits += priced(name, "memory.usable_bytes", "memory.raised_usable_bytes")
         able, as_is = able and plan.holds, as_is and plan.fits
     raised = HOLDS if as_is else when("the limit of GPU memory is raised where there is one")
     return Finding(
@@ -114,6 +126,7 @@ def unified_128() -> Finding:
         "its GPU all of them as it comes.",
         command="hwmodel compare m4max dgx-spark ryzen-ai-max-395 --quant Q4_K_S",
         values=values,
+        rests_on=(*dated(plan.chosen), *limits),
     )
 
 
@@ -137,6 +150,7 @@ def one_h100() -> Finding:
         + (f" {other} fits, at {100 * loss:.0f} % more perplexity." if loss else ""),
         command="hwmodel plan --device h100 --count 1 --quant Q4_K_S",
         values={"short_bytes": _short_of(one), "needed": float(need)},
+        rests_on=dated(one),
     )
 
 
@@ -150,6 +164,7 @@ def one_card_class() -> Finding:
         why="Both have 80 GB; the int4 weights alone have 111.5.",
         command="hwmodel compare h100 a100 --count 1 --quant Q4_K_S",
         values={f"{d}_short_bytes": v for d, v in short.items()},
+        rests_on=dated(*alone.values()),
     )
 
 
@@ -180,6 +195,7 @@ def four_4090_run() -> Finding:
         f"{able[0].run.quant.name}." if able else "No published type fits 96 GiB.",
         command="hwmodel plan --device rtx4090 --count 4 --context 8192",
         values={"short_bytes": _short_of(int4), "longest": float(longest)},
+        rests_on=dated(int4),
     )  # fmt: skip
 
 
@@ -199,6 +215,7 @@ def two_4090() -> Finding:
         command="hwmodel plan --device rtx4090 --count 2 --ram 128 --context 8192",
         values={"short_bytes": least, "offload_tok_s": speed.tok_s},
         extrapolated=speed.extrapolated,
+        rests_on=dated(speed),
     )  # fmt: skip
 
 
@@ -214,6 +231,7 @@ def whole_context() -> Finding:
     """C25"""
     shown: list[str] = []
     values: dict[str, float | None] = {}
+    rests: list[str] = []
     able, as_is, beyond = True, True, False
     for name in ("m4max", "dgx-spark"):
         plan = plan_for(name, 1, FULL - 1024, "Q4_K_S")
@@ -228,6 +246,7 @@ def whole_context() -> Finding:
         values |= {f"{name}_tok_s": deep.tok_s, f"{name}_prefill_s": first.value}
         able, as_is = able and plan.holds, as_is and plan.fits
         beyond = beyond or deep.extrapolated
+        rests += dated(deep)
     raised = HOLDS if as_is else when("the GPU memory limit is raised where there is one")
     return Finding(
         computed="; ".join(shown),
@@ -238,6 +257,7 @@ def whole_context() -> Finding:
         "hwmodel plan --device dgx-spark --quant Q4_K_S --context 261120",
         values=values,
         extrapolated=beyond,
+        rests_on=tuple(dict.fromkeys(rests)),
     )
 
 
@@ -315,6 +335,7 @@ def mac_256k() -> Finding:
         command="hwmodel plan --device m4max --quant Q4_K_S --context 256K",
         values={"spare_bytes": spare, "tok_s": speed.tok_s},
         extrapolated=speed.extrapolated,
+        rests_on=dated(c),
     )
 
 
@@ -329,6 +350,7 @@ def kv_q8() -> Finding:
         "by default: the limit must be raised for any context.",
         command="hwmodel plan --device m4max --quant Q4_K_S --context 1024",
         values={"short_bytes": short},
+        rests_on=(*dated(c), *priced("m4max", "memory.usable_bytes")),
     )
 
 

@@ -11,7 +11,16 @@ from hwmodel.claims.finding import (
     untestable,
     when,
 )
-from hwmodel.claims.machines import SHORT, Speed, at_speed, fastest, fixed, plan_for
+from hwmodel.claims.machines import (
+    SHORT,
+    Speed,
+    at_speed,
+    at_the_launch,
+    dated,
+    fastest,
+    fixed,
+    plan_for,
+)
 from hwmodel.model import step_shape
 from hwmodel.plan import make_plan
 from hwmodel.plan_view import figure
@@ -74,6 +83,7 @@ def _peak(wanted: float, title: str) -> Finding:
         command=f"{hopper.command}; {blackwell.command}",
         values={**_values(hopper=hopper, blackwell=blackwell, local=local), "needed": needed},
         extrapolated=hopper.extrapolated or blackwell.extrapolated,
+        rests_on=dated(hopper, blackwell, local),
     )
 
 
@@ -109,6 +119,7 @@ def typical() -> Finding:
         command=f"{pair.command}; {alone.command}",
         values={**_values(pair=pair, alone=alone, local=local), "batch_at_100_tok_s": batch},
         extrapolated=alone.extrapolated or pair.extrapolated,
+        rests_on=dated(pair, alone, local),
     )
 
 
@@ -170,6 +181,7 @@ def doubles() -> Finding:
         ) + "; hwmodel plan --device m4max",
         values=dict(gains),
         extrapolated=extrapolated,
+        rests_on=dated(*(c for _, c in machines)),
     )  # fmt: skip
 
 
@@ -191,6 +203,7 @@ def thousand_tokens() -> Finding:
         command=best.command,
         values={"arithmetic_s": 1000 / PEAK, "total_s": total, "ttft_s": first},
         extrapolated=best.extrapolated or prompt.status != "calibrated",
+        rests_on=dated(best),
     )
 
 
@@ -210,6 +223,7 @@ def faster_than_gemini() -> Finding:
         command=f"{shared.command} --concurrency 16",
         values={"ratio": ratio, "shared_tok_s": value},
         extrapolated=shared.extrapolated,
+        rests_on=dated(shared),
     )
 
 
@@ -228,26 +242,36 @@ def deepseek_r1() -> Finding:
         command="hwmodel plan --device h200 --count 8 --model deepseek-r1 --quant FP8",
         values={**_values(alone=alone), "batch_at_80_tok_s": batch},
         extrapolated=alone.extrapolated,
+        rests_on=dated(alone),
     )
 
 
 def vllm_drafts() -> Finding:
     """C23"""
     box = fixed("h100", 8, "FP8-experts", "vllm", "expert")
-    plain, drafted = at_speed(box, 0), at_speed(box, 3)
-    able = box.engine.max_drafts
+    launch, able = at_the_launch("vllm"), box.engine.max_drafts
+    then, now = round(launch.value), min(3, able)
+    plain, first, drafted = (at_speed(box, n) for n in (0, then, now))
+    lacked, lacks = then < 3, now < 3
+    verdict = HOLDS if lacked and lacks else CONTRADICTED
+    if lacked and not lacks:
+        verdict = when(f"the build is of the launch ({launch.as_of}); {box.engine.label} has it")
     return Finding(
-        computed=f"vLLM {box.engine.version} ({box.engine.date}) drafts up to {able}; without "
-        f"them {figure(plain.tok_s)} instead of {figure(drafted.tok_s)} tok/s on 8x h100",
-        verdict=CONTRADICTED if able >= 3 else HOLDS,
-        why="The recipe of vLLM lists MTP drafts for this model today; it did not at the launch.",
-        command="hwmodel engines show vllm",
+        computed=f"at the launch ({launch.as_of}) {then} draft, today ({box.engine.label}) up to "
+        f"{able}: {figure(plain.tok_s)} tok/s without drafts, {figure(first.tok_s)} with {then}, "
+        f"{figure(drafted.tok_s)} with {now} on 8x h100",
+        verdict=verdict,
+        why="True when it was written, not any more. Even then the launch command of the model "
+        f"card drafted {then} token a step, so that the fallback was not to a single token.",
+        command="; ".join(["hwmodel engines show vllm", *(s.command for s in (first, drafted))]),
         values={
             "max_drafts": float(able),
+            "launch_drafts": launch.value,
             "plain_tok_s": plain.tok_s,
+            "launch_tok_s": first.tok_s,
             "drafted_tok_s": drafted.tok_s,
         },
-        extrapolated=False,
+        rests_on=(*dated(box), f"the model card of {launch.as_of}"),
     )
 
 
@@ -273,6 +297,7 @@ def agent_loop() -> Finding:
         command="hwmodel workload agent-loop --device m4max --device dgx-spark --device h100",
         values={"at_60_s": slow, "at_350_s": quick, **{n: j.seconds for n, j in jobs.items()}},
         extrapolated=any(j.status != "calibrated" for j in jobs.values()),
+        rests_on=dated(server, *(plan_for(d).chosen for d in ("m4max", "dgx-spark"))),
     )
 
 
@@ -295,6 +320,7 @@ def slower_than_h100() -> Finding:
         command=f"{four.command}; {single.command}",
         values=_values(four=four, single=single),
         extrapolated=four.extrapolated or single.extrapolated,
+        rests_on=dated(four, single),
     )
 
 
@@ -315,6 +341,7 @@ def runs_locally() -> Finding:
         ),
         values=_values(**{d.replace("-", "_"): s for d, s in speeds.items()}),
         extrapolated=any(s.extrapolated for s in speeds.values()),
+        rests_on=dated(*speeds.values()),
     )
 
 
@@ -339,6 +366,7 @@ def gaming_pc() -> Finding:
         command=f"hwmodel plan --device rtx4090 --count 1 --ram {least} --context 8192",
         values={"least_ram_gb": float(least), **_values(**{f"ram_{r}_gb": s for r, s in shown})},
         extrapolated=any(s.extrapolated for _, s in shown),
+        rests_on=dated(*(s for _, s in shown)),
     )  # fmt: skip
 
 

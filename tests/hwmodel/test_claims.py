@@ -87,6 +87,30 @@ def test_a_day_is_paid_for_every_card_that_is_needed() -> None:
     assert values["low"] == 8 * 2 * 1.5 and values["high"] == 8 * 2 * 2.5
 
 
+def test_what_changed_since_the_launch_is_computed_at_both_dates() -> None:
+    """C23: vLLM drafted one token then and drafts three now."""
+    claim = _json()["C23"]
+    values = claim["values"]
+    assert (values["launch_drafts"], values["max_drafts"]) == (1, 3)
+    assert values["plain_tok_s"] < values["launch_tok_s"] < values["drafted_tok_s"]
+    assert claim["verdict"].startswith("holds when the build is of the launch (2026-02)")
+
+
+def test_what_depends_on_a_date_says_so() -> None:
+    """Speeds rest on engines of a version, prices on the day they were listed."""
+    for name in ("C01", "C05", "C08", "C23", "C25", "C30", "C34", "C35"):
+        assert any("(20" in text or " 20" in text for text in _json()[name]["rests_on"]), name
+    assert all("as of 202" in text for text in _json()["C15"]["rests_on"])
+    assert "2022" in _json()["C20"]["rests_on"][0]
+    assert _json()["C28"]["rests_on"] == []  # a count rests on no date
+
+
+def test_rivals_are_computed_on_every_card_that_the_vendor_may_have_meant() -> None:
+    values = _json()["C30"]["values"]
+    cards = [values[f"deepseek-v3.2_{card}"] for card in ("h100", "h800", "h200", "h20")]
+    assert min(cards) < 6.0 < max(cards)
+
+
 def test_prefill_is_neither_linear_nor_wholly_quadratic() -> None:
     values = _json()["C27"]["values"]
     assert 1.2 < values["exponent_work"] < 2 and 1.2 < values["exponent_time"] < 2

@@ -198,7 +198,7 @@ def test_effects_never_name_a_run_a_sweep_or_a_model() -> None:
     }  # fmt: skip
     kinds = {n for n in load_fit().effects if "/kind=" in n}
     assert {k.rpartition("=")[2] for k in kinds} <= {
-        "mla", "linear", "nvlink", "xgmi", "pcie", "network",
+        "mla", "linear", "compressed", "shared", "nvlink", "xgmi", "pcie", "network",
     }  # fmt: skip
 
 
