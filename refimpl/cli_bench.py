@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refimpl.cli_engine import memory_bytes, memory_option, note_residency
 from refimpl.cli_support import NumberList, note, read_text
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _list(*flags: str, default: str, help: str) -> Any:
 @click.option("--kv-type", type=click.Choice(["f16", "f32", "q8_0"]),
               help="How keys and values are kept [default: f16].")  # fmt: skip
 @click.option("--exact", is_flag=True, help="No quantised activations, f32 keys and values.")
+@memory_option
 @click.option("--mtp", "drafts", metavar="0|1|2|3|auto,..",
               help="Time the whole draft-and-verify loop with so many drafts.")  # fmt: skip
 @click.option("--simulate-acceptance", "acceptance", type=NumberList(float),
@@ -71,6 +73,7 @@ def bench(model: str, output: str, as_json: bool, **given: Any) -> None:
     if settings.acceptance:
         note("note: accepted drafts are simulated; the text is random")
     with open_bench(model, settings, note) as opened:
+        note_residency(opened.backend)
         if head := printer.head():
             click.echo(head)
         records = []
@@ -92,6 +95,7 @@ def _plan(model: str, given: dict[str, Any]) -> tuple[Settings, list[BenchTest]]
         kv_type=given["kv_type"],
         exact=given["exact"],
         micro_batch=given["micro_batch"],
+        memory_bytes=memory_bytes(given["memory"]),
         repetitions=given["repetitions"],
         acceptance=given["acceptance"] or (),
         synthetic_kv=given["synthetic_kv"],

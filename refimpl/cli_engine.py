@@ -18,6 +18,16 @@ _COMPILE_S = 10
 """Seconds that compiling takes on a two-core server; for the announcement only."""
 
 
+memory_option = click.option(
+    "--memory",
+    type=float,
+    metavar="GB",
+    help="What the engine may use; of a larger model, experts are read from disk when they are "
+    "chosen. [default: what is free]",
+)
+"""For every command that runs a model on the engine; `memory_bytes` reads it."""
+
+
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of `generate` that only the engine has."""
     for option in (
@@ -32,13 +42,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Bytes per token, GB/s and share of this machine's read limit, experts found "
             "in memory.",
         ),
-        click.option(
-            "--memory",
-            type=float,
-            metavar="GB",
-            help="What the engine may use; of a larger model, experts are read from disk when "
-            "they are chosen. [default: what is free]",
-        ),
+        memory_option,
         click.option(
             "--kv-type",
             type=click.Choice(["f16", "f32", "q8_0"]),
@@ -64,7 +68,7 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
 
     if given["simulate_acceptance"] is not None:
         _rates(given["simulate_acceptance"])
-    memory = _memory_bytes(given.get("memory"))
+    memory = memory_bytes(given["memory"])
 
     def compiling() -> None:
         note(f"compiling kernels for this CPU, once: about {_COMPILE_S} s")
@@ -84,11 +88,16 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
         with open_model(*choice, mtp_model=given["mtp_model"]) as model:
             if model.name != "engine" and given["stats"]:
                 raise InputError("--stats measures the engine; the reference is not made for speed")
-            _note_residency(model)
+            note_residency(model.backend)
             yield model
 
 
-def _memory_bytes(size: float | None) -> int | None:
+def memory_bytes(size: float | None) -> int | None:
+    """Bytes of --memory.
+
+    Raises:
+        InputError: no size.
+    """
     from refimpl.errors import InputError
 
     if size is None:
@@ -98,8 +107,8 @@ def _memory_bytes(size: float | None) -> int | None:
     return int(1e9 * size)
 
 
-def _note_residency(model: OpenModel) -> None:
-    backend: Any = model.backend
+def note_residency(backend: Any) -> None:
+    """Say what of a model larger than memory is held."""
     program = getattr(backend, "program", None)
     if program is not None and program.amx.failed:
         note(f"note: prefill without AMX: {program.amx.reason}")

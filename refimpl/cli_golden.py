@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refimpl.cli_engine import memory_bytes, memory_option, note_residency
 from refimpl.cli_support import SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def golden() -> None:
     is_flag=True,
     help="Engine: no int8 activations, f32 keys and values; needed to equal a reference's file.",
 )
+@memory_option
 @click.pass_context
 def dump(
     ctx: click.Context,
@@ -83,6 +85,7 @@ def dump(
     threads: int | None,
     variant: str | None,
     exact: bool,
+    memory: float | None,
     **piece: Any,
 ) -> None:
     """Run the model over a prompt and write everything it computes.
@@ -117,10 +120,11 @@ def dump(
 
     check_output(Path(out), model, tokens, mtp_model)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    options = EngineOptions(exact)
+    options = EngineOptions(exact, memory_bytes=memory_bytes(memory))
     with open_model(model, backend, dtype, threads, options, mtp_model=mtp_model) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
+        note_residency(opened.backend)
         runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)
         arrays = golden_arrays(runs, ids, new, chunk)  # type: ignore[arg-type]
         meta = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from refimpl.cli_engine import memory_bytes, memory_option, note_residency
 from refimpl.cli_support import note, progress_bar, read_text
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which text is read, by which model, run by what."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        memory_option,
         click.option("--threads", type=int, metavar="N", help="Threads of the matrix products."),
         click.option(
             "--exact", is_flag=True, help="Engine: no int8 activations, f32 keys and values."
@@ -75,13 +77,12 @@ def perplexity(ctx: click.Context, against: str | None, stride: int | None, **gi
       refimpl perplexity --model mini --text README.md --context 256
       refimpl perplexity --model step-q4_0.gguf --against step-bf16.gguf --text wiki.test.raw
     """
-    import contextlib
-
     from refimpl.quality.perplexity import compare, measure, require_same_tokens
     from refimpl.quality.windows import bos_of, windows_of
 
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(opened(given))
+        # What the process uses counts for both: the base gets what the model leaves.
+        model = stack.enter_context(opened(given, share=1 if against is None else 0.5))
         ids, context = text_ids(ctx, model, given)
         config = model.backend.config
         windows = windows_of(ids, config, context, stride, bos_of(model.tokenizer))
@@ -108,13 +109,18 @@ def perplexity(ctx: click.Context, against: str | None, stride: int | None, **gi
             click.echo(_text(made, distance))
 
 
-def opened(given: dict[str, Any]) -> AbstractContextManager[OpenModel]:
-    """The model that `text_options` ask for."""
+@contextlib.contextmanager
+def opened(given: dict[str, Any], share: float = 1) -> Iterator[OpenModel]:
+    """The model that `text_options` ask for, with a share of the memory that they allow."""
     from refimpl.backends import EngineOptions, open_model
 
-    options = EngineOptions(exact=given["exact"])
+    allowed = memory_bytes(given["memory"])
+    memory = None if allowed is None else int(share * allowed)
+    options = EngineOptions(exact=given["exact"], memory_bytes=memory)
     choice = given["model"], given["backend"], given["dtype"], given["threads"], options
-    return open_model(*choice)
+    with open_model(*choice) as model:
+        note_residency(model.backend)
+        yield model
 
 
 def text_ids(ctx: click.Context, model: OpenModel, given: dict[str, Any]) -> tuple[list[int], int]:

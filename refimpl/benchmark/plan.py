@@ -74,6 +74,7 @@ class Settings:
         backend: 'engine' or 'reference'.
         threads: None for the backend's default.
         kv_type, exact, micro_batch: see `refimpl.engine.model.EngineModel`; engine only.
+        memory_bytes: what the engine may use of memory; None is what is free.
         repetitions: timed repetitions of each test, after a warm-up.
         acceptance: chances that the 1st, 2nd, 3rd draft stands once those before it did: drafts
             are then accepted at these rates instead of being judged. For files of random weights,
@@ -92,6 +93,7 @@ class Settings:
     kv_type: str | None = None
     exact: bool = False
     micro_batch: int | None = None
+    memory_bytes: int | None = None
     repetitions: int = 5
     acceptance: tuple[float, ...] = ()
     synthetic_kv: bool = False
@@ -110,7 +112,7 @@ class Settings:
             )
         if self.backend == "reference":
             given = {"kv-type": self.kv_type, "exact": self.exact, "micro-batch": self.micro_batch,
-                     "synthetic-kv": self.synthetic_kv}  # fmt: skip
+                     "synthetic-kv": self.synthetic_kv, "memory": self.memory_bytes}  # fmt: skip
             if wrong := [name for name, value in given.items() if value]:
                 raise InputError(f"--{wrong[0]} belongs to the engine, not to the reference")
 

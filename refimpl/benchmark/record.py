@@ -1,7 +1,8 @@
 """Results as records, with llama-bench's field names where they mean the same, and as text.
 
 Fields of llama-bench: see its `test::get_fields`. Added: `engine`, `engine_version`, `kernels`
-(hash of the sources of compiled code), `simd`, `exact`, `n_rows`, `mtp`, `simulated_acceptance`,
+(hash of the sources of compiled code), `simd`, `exact`, `memory_limit_bytes` (--memory),
+`experts_held` (where not all are), `n_rows`, `mtp`, `simulated_acceptance`,
 `synthetic_kv`, `samples_tokens`, `mtp_layer_bytes` (stored bytes of each MTP layer, its head
 included), and the other attributes of `refimpl.benchmark.run.BenchResult`.
 """
@@ -90,7 +91,7 @@ def _arithmetic(bench: Bench) -> dict[str, Any]:
     from refimpl.engine.model import MICRO_BATCH
     from refimpl.engine.simd import choose_simd
 
-    simd = choose_simd()
+    simd, residency = choose_simd(), getattr(bench.backend, "residency", None)
     kv = s.kv_type or ("f32" if s.exact else "f16")
     return {
         "backend": "engine",
@@ -100,6 +101,8 @@ def _arithmetic(bench: Bench) -> dict[str, Any]:
         "type_k": kv,
         "type_v": kv,
         "exact": s.exact,
+        "memory_limit_bytes": s.memory_bytes,
+        "experts_held": None if residency is None else residency.slots,
         "simd": simd.name,
         "kernels": simd.sources,
     }

@@ -232,7 +232,10 @@ def open_bench(
         backend = _backend(source, settings, note)
         if hasattr(backend, "close"):
             stack.callback(backend.close)
-        _touch(source)
+        if getattr(backend, "residency", None) is not None:
+            backend.read_ahead(lambda done, total: None)  # type: ignore[attr-defined]
+        else:
+            _touch(source)
         tokenizer = tokenizer_of(path, source.metadata or None) if settings.prompts else None
         yield Bench(path, source, backend, settings, tokenizer)
 
@@ -252,6 +255,7 @@ def _backend(source: StoredSource, settings: Settings, note: Note) -> Backend:
             exact=settings.exact,
             kv_type=settings.kv_type,
             micro_batch=settings.micro_batch or MICRO_BATCH,
+            memory_bytes=settings.memory_bytes,
         )
     if model.program.amx.failed:
         note(f"note: prefill without AMX: {model.program.amx.reason}")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.slice import write_random
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.checkpoint.synth import tiny_a
+from refimpl.cli import main
 from refimpl.engine import budget, disk, memory
 from refimpl.engine.disk import BLOCK, DirectFile, Readers, slice_speed, span, supported
 from refimpl.engine.expert_files import expert_slices, shared_parts, slot_bytes
@@ -311,3 +313,33 @@ def test_the_command_says_what_it_reads_from_disk(model_file: Path, tmp_path: Pa
         )
         assert done.returncode == code_wanted, done.stderr
         assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate --tokens IDS --model MODEL --max-new-tokens 2",
+        "bench -m MODEL -p 4 -n 2 -r 1 -ub 4 --json",
+        "perplexity --tokens IDS --model MODEL --context 16",
+        "perplexity --tokens IDS --model MODEL --against MODEL --context 16",
+        "stats --tokens IDS --model MODEL --context 16 --loops 1 --new-tokens 2",
+        "golden dump --tokens IDS --model MODEL --backend engine --out OUT",
+    ],
+)
+def test_every_command_on_the_engine_takes_a_limit_of_memory(
+    command: str, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for some of the experts it runs and says so; with too little it says why not."""
+    ids = tmp_path / "ids.json"
+    ids.write_text(str(TOKENS))
+    places = {"MODEL": str(model_file), "IDS": str(ids), "OUT": str(tmp_path / "out.npz")}
+    words = [places.get(word, word) for word in command.split()]
+    monkeypatch.setattr(budget, "own_bytes", lambda: 0)
+    done = CliRunner().invoke(main, [*words, "--memory", "0.0001"])
+    assert done.exit_code == 2 and "experts cannot be left on disk" in done.stderr
+    done = CliRunner().invoke(main, [*words, "--memory", "-1"])
+    assert done.exit_code == 2 and "--memory is -1, expected GB above 0" in done.stderr
+    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 150)
+    done = CliRunner().invoke(main, [*words, "--memory", "0.0001"])
+    assert done.exit_code == 0, done.stderr
+    assert "others are read when chosen" in done.stderr
