@@ -22,8 +22,9 @@ _threads = click.option(
 )  # fmt: skip
 _probe = click.option("--probe", is_flag=True, help="The probe's points, not those outside it.")
 _only = click.option(
-    "--only", multiple=True, metavar="MODEL", help="Only points of this model (q4_0, mini-q8_0)."
-)
+    "--only", multiple=True, metavar="CASE",
+    help="Only points of this model (q4_0, mini-q8_0), or what takes long of it ('q4_0 deep').",
+)  # fmt: skip
 
 
 @click.group()
@@ -232,10 +233,11 @@ def _names(only: tuple[str, ...]) -> list[str]:
     from hwmodel.errors import RequestError
 
     known = list(dict.fromkeys(p.model for p in points()))
-    for name in only:
+    models = {name.removesuffix(" deep") for name in only}
+    for name in models:
         if name not in known:
             raise RequestError(f"no points of a model '{name}'; expected {', '.join(known)}")
-    return [m for m in known if not only or m in only]
+    return [m for m in known if not only or m in models]
 
 
 def _cases(models: str, threads: int | None, only: tuple[str, ...], probe: bool) -> list[Any]:
@@ -244,4 +246,5 @@ def _cases(models: str, threads: int | None, only: tuple[str, ...], probe: bool)
 
     wanted = _names(only)
     found = cases(Path(models), threads or default_threads(), probe)
-    return [c for c in found if c.model in wanted]
+    mine = [c for c in found if c.model in wanted]
+    return [c for c in mine if not only or c.name.partition(" ")[2] in only]

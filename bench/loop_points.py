@@ -141,7 +141,7 @@ def points() -> tuple[Point, ...]:
     for engine in ENGINES:
         drafts = (1, 2, 3) if engine == fast else ()
         # the embedded model's context ends at 1024 tokens
-        seen = ("decode-d0", "prefill-128", "prefill-768", "decode-d0-mtp1")
+        seen = ("decode-d0", "decode-d768", "prefill-128", "prefill-768", "decode-d0-mtp1")
         found += _grid(engine, EMBEDDED, (64, 128, 256, 512, 768), (0, 256, 768), drafts, seen)
         found += _grid(engine, f"{EMBEDDED}-q8_0", (512,), (0, 256), (), ("decode-d0",))
         found += _grid(engine, f"{EMBEDDED}-q4_k_s", (512,), (0,), ())
@@ -167,20 +167,24 @@ def runner_test(point: Point, folder: Path, threads: int) -> RunnerTest:
 def cases(folder: Path, threads: int, probe: bool) -> tuple[Case, ...]:
     """The points as cases of interleaved rounds, one for each model, the engines by turns.
 
-    Outside the probe each case begins with the anchors of its points.
+    Outside the probe each case begins with the anchors of its points, and what takes long (depths
+    and prompts of many tokens) is a case of its own, `... deep`.
     """
     mine = [p for p in points() if p.probe == probe]
     anchors = {p.id: p for p in points() if p.id in {q.anchor for q in mine}}
     found = []
     for model in dict.fromkeys(p.model for p in mine):
         own = [p for p in mine if p.model == model]
-        first = [] if probe else [anchors[k] for k in dict.fromkeys(p.anchor for p in own)]
-        ordered = sorted(own, key=lambda p: (p.prompt, p.depth, p.drafts))
-        entries = tuple(
-            Entry(
-                p.id, runner_test(p, folder, threads), "default" if p.engine == LLAMA else ""
+        deep = [p for p in own if not probe and not p.is_embedded and max(p.depth, p.prompt) > 512]
+        for part, name in (([p for p in own if p not in deep], model), (deep, f"{model} deep")):
+            if not part:
+                continue
+            names = sorted({p.anchor for p in part}, key=lambda k: ("decode" not in k, k))
+            first = [] if probe else [anchors[k] for k in names]
+            ordered = sorted(part, key=lambda p: (p.prompt, p.depth, p.drafts))
+            entries = tuple(
+                Entry(p.id, runner_test(p, folder, threads), "default" if p.engine == LLAMA else "")
+                for p in dict.fromkeys([*first, *ordered])
             )
-            for p in [*first, *ordered]
-        )  # fmt: skip
-        found.append(Case(("probe " if probe else "loop ") + model, model, "", entries))
+            found.append(Case(("probe " if probe else "loop ") + name, model, "", entries))
     return tuple(found)

@@ -59,7 +59,7 @@ def report_text(found: Sources, link: Link) -> str:
         *_picture("draft-gain", folder),
         _speed_ups(found.fit.errors),
         "## The loop closed on one host",
-        *_loop(found, link),
+        *_loops(found, link),
         "## The CPU engine against llama.cpp",
         *_engine(found, link),
         "## What this does not show",
@@ -231,20 +231,33 @@ def _speed_ups(errors: Mapping[str, Any]) -> str:
     )
 
 
-def _loop(found: Sources, link: Link) -> list[str]:
+def _loops(found: Sources, link: Link) -> list[str]:
+    """The loop, and later ones on the same host (`loop-2`, `loop-3`, ... beside it)."""
+    from bench.loop_run import COMPARISON
+
+    text = _loop(found.loop, link)
+    for folder in sorted(found.loop.parent.glob(f"{found.loop.name}-*")):
+        if (folder / COMPARISON).is_file():
+            number = folder.name.rpartition("-")[2]
+            text += [f"### Loop {number}: probed, predicted and measured again",
+                     *_loop(folder, link)]  # fmt: skip
+    return text
+
+
+def _loop(where: Path, link: Link) -> list[str]:
     from bench.loop_run import COMPARISON, PREDICTIONS, read
     from bench.loop_view import errors_table, when
 
-    path = found.loop / COMPARISON
+    path = where / COMPARISON
     if not path.is_file():
-        made = (found.loop / PREDICTIONS).is_file()
+        made = (where / PREDICTIONS).is_file()
         return [
             "Predictions are written, nothing outside the probe is measured yet."
             if made
             else "Not run yet: `bench loop --help` says how."
         ]
     loop = read(path, "bench loop compare")
-    folder = link(found.loop)
+    folder = link(where)
     points = [
         (r["id"], "probe" if r["probe"] else "outside", _number(r["measured"]),
          _number(r["predicted"]), f"{_number(r['low'])} to {_number(r['high'])}",
@@ -263,7 +276,7 @@ def _loop(found: Sources, link: Link) -> list[str]:
         f"![loop]({folder}/loop.png)",
         f"*Predicted against measured on this host. [Values]({folder}/comparison.csv), "
         f"[raw rounds]({folder}/rounds.jsonl).*",
-        _loop_notes(found.loop),
+        _loop_notes(where),
         "<details><summary>All points</summary>",
         markdown(
             ("point", "", "measured tok/s", "predicted", "band", "ratio", "measured how"), points
