@@ -13,20 +13,24 @@ from typing import Any
 
 from bench.importers.table import Format, has_fields, json_rows, number, required, rest
 from bench.runs import RunRecord
+from hwmodel import names
 from hwmodel.errors import RunFileError
 
 _NEEDED = ("completed", "total_input_tokens", "total_output_tokens")
 _USED = (
     "date", "backend", "endpoint_type", "model_id", "max_concurrency", "total_input_tokens",
     "total_output_tokens", "median_tpot_ms", "median_ttft_ms", "input_lens", "output_lens",
-    "ttfts", "itls", "generated_texts", "errors", "start_times",
+    "ttfts", "itls", "generated_texts", "errors", "start_times", "failed",
 )  # fmt: skip
 _ENGINES = {"vllm": "vLLM", "openai": "vLLM", "openai-chat": "vLLM", "sglang": "SGLang"}
 
 
 def _records(rows: Iterable[Mapping[str, Any]], source: str, engine: str) -> list[RunRecord]:
     stem = re.split(r"[\\/]", source)[-1].rsplit(".", 1)[0] or "import"
-    return [_record(row, i, source, stem, engine) for i, row in enumerate(rows)]
+    found = [_record(row, i, source, stem, engine) for i, row in enumerate(rows)]
+    if found and all(r.decode_tok_s is None and r.problems for r in found):
+        raise RunFileError(f"{source}: row 1: {found[0].problems[0]}")
+    return found
 
 
 def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str) -> RunRecord:
@@ -35,31 +39,51 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
     if row.get("median_tpot_ms") is None and row.get("mean_tpot_ms") is None:
         raise RunFileError(f"{where}: no median_tpot_ms and no mean_tpot_ms")
     done, asked, given = (_count(row, key, where) for key in _NEEDED)
-    if not done > 0:
-        raise RunFileError(f"{where}: completed is {row['completed']!r}, no request was answered")
+    failed = int(row["failed"]) if type(row.get("failed")) is int else 0
     tpot = "median_tpot_ms" if row.get("median_tpot_ms") is not None else "mean_tpot_ms"
     ttft = "median_ttft_ms" if row.get("median_ttft_ms") is not None else "mean_ttft_ms"
-    ms = number(row, tpot, "ttft_ms", where)
-    prompt, written = round(asked / done), round(given / done)
-    accepted = row.get("accept_length") or row.get("spec_decode_acceptance_length")
+    ms = number(row, tpot, "ttft_ms", where) if done else None
+    prompt, written = (round(n / done) if done else 0 for n in (asked, given))
+    model = str(row.get("model_id") or row.get("model") or "")
     stated = str(row.get("backend") or row.get("endpoint_type") or "")
     return RunRecord(
         id=f"{stem}-{i + 1}",
-        model=str(row.get("model_id") or row.get("model") or ""),
+        model=model,
+        quant=_quant_in(model),
         engine=_ENGINES.get(stated, engine),
-        mtp=f"accept length {accepted}" if accepted else "none",
+        mtp=_drafts(row),
         batch_concurrency=number(row, "max_concurrency", "batch_concurrency", where)
-        or (done if str(row.get("request_rate")) in ("inf", "Infinity") else None),
-        prompt_tokens=float(prompt),
-        context_depth=float(prompt),
-        gen_tokens=float(written),
-        decode_tok_s=1000.0 / ms if ms else None,
-        ttft_ms=number(row, ttft, "ttft_ms", where),
+        or (done if done and str(row.get("request_rate")) in ("inf", "Infinity") else None),
+        prompt_tokens=float(prompt) if done else None,
+        context_depth=float(prompt) if done else None,
+        gen_tokens=float(written) if done else None,
+        decode_tok_s=1000.0 / ms if ms and done else None,
+        ttft_ms=number(row, ttft, "ttft_ms", where) if done else None,
+        notes=f"{failed} of {failed + round(done)} requests failed" if failed else "",
         source_date=_date(str(row.get("date", ""))),
-        fit_ok="yes",
+        fit_ok="failed requests" if failed or not done else "yes",
         sweep=stem,
+        problems=() if done else (f"completed is {row['completed']!r}, no request was answered",),
         extra=rest(row, _USED, engine.lower()),
     )
+
+
+def _drafts(row: Mapping[str, Any]) -> str:
+    """Drafts a step, where vLLM's counters tell them, and tokens that a step gave."""
+    accepted = row.get("accept_length") or row.get("spec_decode_acceptance_length")
+    if not isinstance(accepted, int | float) or not accepted > 0:
+        return "none"
+    told = f"accept length {accepted:.4g}"
+    tokens, steps = row.get("spec_decode_draft_tokens"), row.get("spec_decode_num_drafts")
+    if type(tokens) is int and type(steps) is int and 0 < steps <= tokens <= 64 * steps:
+        return f"{round(tokens / steps)} drafts, {told}"
+    return told
+
+
+def _quant_in(model: str) -> str:
+    """The type that a repository's name ends with (`...-FP8`), or empty."""
+    ending = model.rpartition("-")[2]
+    return ending if "-" in model and names.canonical("quant", ending) is not None else ""
 
 
 def _count(row: Mapping[str, Any], key: str, where: str) -> float:

@@ -12,6 +12,7 @@ from hwmodel import names
 from hwmodel.errors import RunFileError
 
 Values = Mapping[str, Any]
+_SHORT = 16  # numbers of a list that are kept as they are, such as acceptance by position
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,23 @@ def required(row: Values, keys: Iterable[str], where: str) -> None:
 
 
 def rest(row: Values, used: Iterable[str], tool: str) -> dict[str, str]:
-    """The fields that no column takes, as text under `tool:field`; long lists as their length."""
+    """The fields that no column takes, as text under `tool:field`; lists that are long or hold
+    more than numbers as their length."""
     taken = set(used)
     found = {}
     for key, value in row.items():
         if key in taken or value in (None, "", []):
             continue
         many = isinstance(value, list | dict)
-        found[f"{tool}:{key}"] = f"{len(value)} values" if many else str(value)
+        if isinstance(value, list) and len(value) <= _SHORT and all(map(_is_number, value)):
+            found[f"{tool}:{key}"] = " ".join(f"{v:.6g}" for v in value)
+        else:
+            found[f"{tool}:{key}"] = f"{len(value)} values" if many else str(value)
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def device_named_in(*texts: str) -> str:

@@ -1,8 +1,13 @@
 """Runs of other tools: recognised by content, read by field name, nothing dropped in silence.
 
 The llama-bench and llama-batched-bench files in data/ were written by those programs (build
-0c1e570) for the embedded model on a busy machine: their format is the point, not their speeds. The
-vLLM and SGLang files are written by hand after those tools' result fields.
+0c1e570) for the embedded model on a busy machine: their format is the point, not their speeds.
+`vllm-serve.json` and the SGLang file are written by hand after those tools' result fields. What
+others published of files that the tools wrote:
+
+* `vllm-serve-drafts.json`, `vllm-sweep.json` (two runs of a sweep, and one that failed as a whole):
+  vLLM 0.25.1, fixtures of github.com/er0080/vllm-benchmarking (commits c066a05, 57cb02c, c7b7c1e);
+* `llama-bench-2025.json`: llama.cpp build 5145, github.com/ggml-org/llama.cpp/pull/12994.
 """
 
 import csv
@@ -74,6 +79,36 @@ def test_vllm_speed_is_the_inverse_of_its_median_tpot() -> None:
     assert (run.prompt_tokens, run.gen_tokens, run.batch_concurrency) == (1024, 512, 8)
     assert run.model == "stepfun-ai/Step-3.5-Flash-FP8" and run.source_date == "2026-08-01"
     assert run.extra["vllm:p99_ttft_ms"] == "262.1"
+
+
+def test_vllm_drafts_are_counted_and_their_acceptance_kept() -> None:
+    """1260 verifications of 3780 drafts; 3.16 tokens each."""
+    (run,) = _import("vllm-serve-drafts.json", Stated(device="h100")).records
+    assert (run.drafts, run.mtp) == (3, "3 drafts, accept length 3.161")
+    assert run.decode_tok_s == pytest.approx(1000 / 14.4168, rel=1e-4)
+    assert (run.quant, run.batch_concurrency, run.gen_tokens) == ("FP8", 2, 498)
+    told = "vllm:spec_decode_per_position_acceptance_rates"
+    assert run.extra[told] == "0.85 0.716667 0.594444"
+    assert run.extra["vllm:mean_itl_ms"].startswith("45.7")
+
+
+def test_a_sweep_keeps_the_run_that_failed_and_says_so() -> None:
+    found = _import("vllm-sweep.json", Stated(device="h100", quant="BF16"))
+    first, second, failed = found.records
+    assert first.decode_tok_s == pytest.approx(1000 / 8.32349, rel=1e-4)
+    assert second.extra["vllm:max_num_seqs"] == "4" and second.fit_ok == "yes"
+    assert failed.decode_tok_s is failed.ttft_ms is None and failed.fit_ok == "failed requests"
+    assert failed.notes == "8 of 8 requests failed"
+    assert [p for p in found.problems if "no request was answered" in p]
+
+
+def test_an_older_llama_bench_of_a_device_nobody_knows() -> None:
+    """No depth yet, and a card that is in no registry: its name is kept."""
+    (run,) = _import("llama-bench-2025.json", Stated()).records
+    assert (run.device, run.backend, run.quant) == ("Ascend910B3", "CANN", "F16")
+    assert (run.context_depth, run.gen_tokens) == (0, 128)
+    assert run.decode_tok_s == pytest.approx(60.984063)
+    assert run.engine_version == "12b17501 5145" and run.source_date == "2025-04-17"
 
 
 def test_sglang_keeps_one_record_a_line_and_its_acceptance() -> None:
