@@ -89,6 +89,10 @@ class Backend(Protocol):
     def decode(self, tokens: Tokens, cache: Cache) -> Step:
         """Append 1..4 tokens (the newest token and drafts to verify); logits of every row."""
 
+    def draft_cost(self, depth: int) -> float:
+        """What a step that drafts and verifies `depth` tokens reads, over what a plain step does:
+        a guess at its time before it has been measured."""
+
     def draft(
         self,
         cache: Cache,

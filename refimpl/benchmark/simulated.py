@@ -60,6 +60,10 @@ class SimulatedAcceptance:
             wanted[-1] = (wanted[-1] + 1) % self.config.vocab_size
         return self._favour(step, wanted)
 
+    def draft_cost(self, depth: int) -> float:
+        """See `Backend.draft_cost`."""
+        return self._inner.draft_cost(depth)
+
     def draft(
         self,
         cache: Cache,

@@ -32,8 +32,11 @@ from refimpl.decoding.state import SavedPrompt
 from refimpl.decoding.stopping import Ending, FinishReason, TextDecoder
 from refimpl.errors import InputError
 
-_WAITING_ROWS = 32
-"""Verified rows that may wait for the MTP layers."""
+_HISTORY = 7
+"""Rows of the text that drafts rest on when a depth is taken up in the middle; the more there are,
+the dearer the first step, and they come by themselves from there."""
+_WAITING = 16
+"""Verified rows that wait here before they are handed over to the MTP layers."""
 
 OnTokens = Callable[[Sequence[int], str], None]
 OnPrefill = Callable[[int, int], None]
@@ -115,14 +118,19 @@ def check_prompt(prompt_ids: Tokens, vocab_size: int, context: int) -> list[int]
     return ids
 
 
-def draft_policy(mtp: int | str, layers: int) -> DraftPolicy:
+def draft_policy(
+    mtp: int | str, layers: int, cost: Callable[[int], float] | None = None
+) -> DraftPolicy:
     """The policy that `mtp` (a number of drafts or "auto") asks of a model with MTP `layers`.
+
+    `cost` is `Backend.draft_cost`; without it, drafts are first thought to cost nothing.
 
     Raises:
         InputError: more drafts than layers, or than one step can verify.
     """
     if mtp == "auto":
-        return AutoDepth(min(layers, SPECULATIVE_ROWS))
+        most = min(layers, SPECULATIVE_ROWS)
+        return AutoDepth(most, cost and [cost(k) for k in range(1, most + 1)])
     depth = int(mtp)
     if depth > SPECULATIVE_ROWS:
         raise InputError(f"mtp is {depth}; at most {SPECULATIVE_ROWS} drafts can be verified")
@@ -155,7 +163,8 @@ class _Run:
         self._backend = backend
         self._prompt = check_prompt(prompt_ids, config.vocab_size, context)
         self._options = options
-        self._policy = draft_policy(options.mtp, layers)
+        cost = backend.draft_cost if options.mtp == "auto" else None
+        self._policy = draft_policy(options.mtp, layers, cost)
         self._drafting = drafting and layers > 0
         if saved is not None:
             saved.require_prefix(self._prompt)
@@ -176,7 +185,11 @@ class _Run:
         self._all = list(self._prompt)  # tokens of the trunk and the newest one
         self._seed = None if sampling.greedy else seed
         self._picker = Picker(sampling, np.random.default_rng(seed))
-        self._verified: tuple[Array, list[int]]  # newest rows (R, H) and the token after each
+        # Newest rows, (R, H) each, and the token after each row.
+        self._hidden: list[Array] = []
+        self._following: list[int] = []
+        # A fixed depth rests on all of the text, so the first step is none that goes deeper.
+        self._depth_before = SPECULATIVE_ROWS
         self._started = time.perf_counter()
         self._prefill_s = 0.0
         self._ttft_s: float | None = None
@@ -196,7 +209,8 @@ class _Run:
             if end < len(prompt):
                 self._draft(step.hidden, prompt[start + 1 : end + 1], 0)
         if self._kept.waiting is not None:
-            self._draft(*self._kept.waiting, 0)
+            hidden, following = self._kept.waiting
+            self._draft(np.concatenate(hidden), following, 0)
         while end < len(prompt):
             began = time.perf_counter()
             # Chunks end at multiples of their size, wherever the first one begins.
@@ -224,7 +238,7 @@ class _Run:
         now = time.perf_counter()
         self._prefill_s += now - began
         self._ttft_s = now - self._started
-        self._verified = step.hidden, [*prompt[start + 1 :], token]
+        self._hidden, self._following = [step.hidden], [*prompt[start + 1 :], token]
         self._hold([token])
         self._first, text, self.finish_reason = self._ending.push([token])
         self._show(self._first, text)
@@ -232,22 +246,19 @@ class _Run:
     def step(self) -> None:
         """Draft, verify, keep what stands, emit it."""
         began = time.perf_counter()
-        hidden, tokens = self._verified
         self._kept.busy()
-        depth = self._depth()
-        # Rows wait for a step that drafts, so that those that do not cost nothing more.
-        waiting = not depth and len(tokens) < _WAITING_ROWS
-        self._picker.begin()
-        drafts = [] if waiting else self._draft(hidden, tokens, depth)
-        step = self._backend.decode([tokens[-1], *drafts], self._cache)
+        newest = self._all[-1]
+        drafts = self._drafts(self._depth())
+        step = self._backend.decode([newest, *drafts], self._cache)
         verdict = self._picker.verify(step.logits, drafts)
-        self._cache.rollback(len(drafts) - verdict.accepted)
-        new = [*drafts[: verdict.accepted], verdict.token]
-        rows = step.hidden[: len(new)]
-        if waiting and self._drafting:
-            self._verified = np.concatenate([hidden, rows]), [*tokens, *new]
-        else:
-            self._verified = rows, new
+        new, rows = [verdict.token], step.hidden
+        if drafts:
+            accepted = verdict.accepted
+            self._cache.rollback(len(drafts) - accepted)
+            new, rows = [*drafts[:accepted], verdict.token], rows[: accepted + 1]
+        if self._drafting:
+            self._hidden.append(rows)
+            self._following += new
         self._hold(new)
         seconds = time.perf_counter() - began
         self._policy.update(len(drafts), verdict.accepted, seconds)
@@ -255,9 +266,26 @@ class _Run:
         self._records.append(StepRecord(len(drafts), ids, seconds))
         self._show(ids, text)
 
+    def _drafts(self, depth: int) -> list[int]:
+        """Draft; rows wait for a step that does, so that those that do not cost nothing more."""
+        self._picker.begin()
+        if not self._drafting:
+            return []
+        waiting = len(self._following)
+        deeper, self._depth_before = depth > self._depth_before, depth
+        if not depth and waiting < _WAITING:
+            return []
+        hidden = self._hidden[0] if len(self._hidden) == 1 else np.concatenate(self._hidden)
+        following = self._following
+        self._hidden, self._following = [], []
+        if deeper:
+            self._cache.shorten_history(max(0, _HISTORY - waiting))
+        return self._draft(hidden, following, depth)
+
     def _hold(self, new: Sequence[int]) -> None:
         self._all += new
-        self._kept.hold(self._all, self._verified if self._drafting else None)
+        waiting = (self._hidden, self._following) if self._drafting else None
+        self._kept.hold(self._all, waiting)
 
     def _depth(self) -> int:
         """Drafts of the next step: what the policy wants and the context has room for."""

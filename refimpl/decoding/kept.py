@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from refimpl.backend import Array, Backend, Cache
 
+Waiting = tuple[list[Array], list[int]]
+
 
 class KeptCache:
     """One sequence's cache and which tokens it holds.
@@ -22,15 +24,15 @@ class KeptCache:
 
     Attributes:
         cache: the cache; there is one after `begin`.
-        waiting: the newest verified rows (R, H) and the token after each, which the MTP layers
-            have not seen; None if there are none.
+        waiting: the newest verified rows, (R, H) each, and the token after each row, which the MTP
+            layers have not seen; None if there are none.
     """
 
     def __init__(self, backend: Backend, capacity: int) -> None:
         self._backend, self._capacity = backend, capacity
         self.cache: Cache
-        self.waiting: tuple[Array, list[int]] | None = None
-        self._ids: list[int] = []  # tokens of the cache and the one after them
+        self.waiting: Waiting | None = None
+        self._ids: Sequence[int] = []  # tokens of the cache and the one after them
         self._mark: tuple[int, object] | None = None
         self._drafting = False
         self._whole = False
@@ -71,10 +73,11 @@ class KeptCache:
         """A pass over the model begins: until `hold`, the cache is not to be continued from."""
         self._whole = False
 
-    def hold(self, ids: Sequence[int], waiting: tuple[Array, list[int]] | None) -> None:
-        """The cache holds all of `ids` but the last, the newest token."""
-        self._ids, self.waiting, self._whole = list(ids), waiting, True
+    def hold(self, ids: Sequence[int], waiting: Waiting | None) -> None:
+        """The cache holds all of `ids` but the last, the newest token. Neither is copied: what is
+        added to them later counts only with the next call."""
+        self._ids, self.waiting, self._whole = ids, waiting, True
 
 
-def _begins(prompt: Sequence[int], held: list[int]) -> bool:
-    return list(prompt[: len(held)]) == held
+def _begins(prompt: Sequence[int], held: Sequence[int]) -> bool:
+    return list(prompt[: len(held)]) == list(held)

@@ -89,14 +89,13 @@ class MtpState:
         return self.start[level], rows
 
     def shorten(self, keep: int) -> None:
-        """Do without all rows that wait for the first layer but the newest `keep`; if that leaves
-        a gap, nothing before it is looked at any more."""
-        drop = self.waiting(0) - keep
-        if drop <= 0:
-            return
-        rows = np.concatenate(self.pending[0])[drop:]
-        self.pending[0], self.start[0] = [rows], self.start[0] + drop
-        self.set_first(0, self.start[0])
+        """Do without all rows that wait for a layer but the newest `keep`; where that leaves a
+        gap, nothing before it is looked at any more."""
+        for level in range(len(self.pending)):
+            drop = self.waiting(level) - keep
+            if drop > 0:
+                self._drop(level, drop)
+                self.set_first(level, self.start[level])
 
     def note(self, n: int, drafts: list[int], rows: list[Array]) -> None:
         """Keep the rows that took drafts for their tokens, until these are judged."""
@@ -126,10 +125,11 @@ class MtpState:
             self.add(len(guessed.rows), passed)
 
     def _drop(self, level: int, count: int) -> None:
-        """Rows that wait for a layer have been run."""
+        """Rows that wait for a layer have been run, or are left out."""
         if count:
-            left = [row for rows in self.pending[level] for row in np.split(rows, len(rows))]
-            self.pending[level] = left[count:]
+            queue = self.pending[level]
+            left = np.concatenate(queue)[count:] if queue else np.empty((0, 0), np.float32)
+            self.pending[level] = [left] if len(left) else []
             self.start[level] += count
 
     def snapshot(self) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from refimpl.backend import Cache, Step, Tokens
 from refimpl.checkpoint.fingerprint import fingerprint
 from refimpl.checkpoint.source import WeightSource
+from refimpl.checkpoint.step_reads import step_reads
 from refimpl.config import LayerSpec, ModelConfig
 from refimpl.decoding.kv import (
     SPECULATIVE_ROWS,
@@ -181,6 +182,10 @@ class ReferenceModel:
         if self._weights.trace is not None:
             self._weights.trace.keep("final", 0, final)
         return self._weights.linear(final, "lm_head", None)
+
+    def draft_cost(self, depth: int) -> float:
+        """See `Backend.draft_cost`."""
+        return step_reads(self._weights.source).draft_cost(depth)
 
     def draft(
         self,
