@@ -2,12 +2,14 @@
 
 Every kernel has the same C signature (`SIGNATURE`), all addresses and counts as int64:
 
-    weights, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3
+    weights, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after
 
 It writes y_m[r] = sum over columns of weight[r, :] * x_m[:] for r < rows, m < M, as float32 at
 y_m + 4 r. What x_m points to depends on the kernel's activation kind (`refimpl.engine.
 activations`). Kernels for M = 1, 2, 4 do the same operations in the same order for each row m, so
-a row's result does not depend on which others it is computed with.
+a row's result does not depend on which others it is computed with. `after` is where the thread
+will go on reading, or 0 where that is behind these rows: kernels ask for memory `PREFETCH_BYTES`
+ahead, there as here.
 
 There is one template per arithmetic; block format, instruction set and M are parameters. Compiled
 kernels are cached on disk.
@@ -23,7 +25,7 @@ from numba import types
 
 from refimpl.engine.codes import codes32, floats32
 from refimpl.engine.formats import FORMATS, Format
-from refimpl.engine.jit import cfunc
+from refimpl.engine.jit import cfunc, njit
 from refimpl.engine.lanes import join_f32x4, join_i8x16
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
@@ -44,12 +46,24 @@ from refimpl.engine.vec import (
 )
 from refimpl.engine.x86 import dot32, sign_bytes
 
-SIGNATURE = types.void(*[types.int64] * 12)
+SIGNATURE = types.void(*[types.int64] * 13)
 OPTIONS = {"cache": True, "error_model": "numpy"}
 ROW_COUNTS = (1, 2, 4)
 PLAIN = ("F32", "F16", "BF16")
 WITH_MINIMUM = ("Q5_1", "Q4_K", "Q5_K")
-PREFETCH_BYTES = 4096  # how far ahead weights are asked for
+PREFETCH_BYTES = 8192  # how far ahead weights are asked for
+
+
+@njit(forceinline=True)
+def reading(w: Any, size: Any, after: Any) -> Any:
+    """Where the weights of a call end, and how far it is from there to what comes after."""
+    return w + size, after - (w + size) if after else 0
+
+
+@njit(forceinline=True)
+def ahead(address: Any, end: Any, jump: Any) -> Any:
+    """An address that lies ahead, or, behind the end, where will be read instead."""
+    return address + jump if address >= end else address
 
 
 @cache
@@ -76,15 +90,16 @@ def _plain_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     step = fmt.block_bytes
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def plain_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
+    def plain_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
         simd  # noqa: B018  # part of the cache key
         blocks = columns // 32
+        end, jump = reading(w, rows * row_bytes, after)
         for r in range(rows):
             at = w + r * row_bytes
             a0 = a1 = a2 = a3 = zeros(F32x16)
             b0 = b1 = b2 = b3 = zeros(F32x16)
             for i in range(blocks):
-                prefetch(at + PREFETCH_BYTES)
+                prefetch(ahead(at + PREFETCH_BYTES, end, jump))
                 low, high = floats32(fmt, at)
                 at += step
                 x = i * 128
@@ -113,15 +128,16 @@ def _float_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     block_bytes, sub_blocks = fmt.block_bytes, fmt.sub_blocks
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def float_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
+    def float_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
         blocks = columns // (32 * sub_blocks)
+        end, jump = reading(w, rows * row_bytes, after)
         for r in range(rows):
             block = w + r * row_bytes
             a0 = a1 = a2 = a3 = zeros(F32x16)
             b0 = b1 = b2 = b3 = zeros(F32x16)
             x = 0
             for _ in range(blocks):
-                prefetch(block + PREFETCH_BYTES)
+                prefetch(ahead(block + PREFETCH_BYTES, end, jump))
                 for j in range(sub_blocks):
                     first, last, s0, s1, minimum = codes32(simd, fmt, block, j)
                     shift = splat(F32x16, minimum)
@@ -159,8 +175,9 @@ def _integer_kernel(simd: Simd, fmt: Format, count: int) -> Any:
     has_minimum = fmt.name in WITH_MINIMUM
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def integer_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
+    def integer_rows(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
         blocks = columns // (32 * sub_blocks)
+        end, jump = reading(w, rows * row_bytes, after)
         sums = columns // 8  # from the scales to the sums, bytes
         for r in range(rows):
             block = w + r * row_bytes
@@ -169,7 +186,7 @@ def _integer_kernel(simd: Simd, fmt: Format, count: int) -> Any:
             x = 0
             scale = columns
             for _ in range(blocks):
-                prefetch(block + PREFETCH_BYTES)
+                prefetch(ahead(block + PREFETCH_BYTES, end, jump))
                 for j in range(sub_blocks):
                     first, last, s0, s1, minimum = codes32(simd, fmt, block, j)
                     codes = join_i8x16(first, last)

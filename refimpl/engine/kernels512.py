@@ -27,7 +27,7 @@ from numba import types
 from refimpl.engine.activations import activation_bytes
 from refimpl.engine.formats import IQ4_VALUES, Format
 from refimpl.engine.jit import cfunc, njit, overload
-from refimpl.engine.kernels import OPTIONS, PREFETCH_BYTES, SIGNATURE
+from refimpl.engine.kernels import OPTIONS, PREFETCH_BYTES, SIGNATURE, ahead, reading
 from refimpl.engine.lanes import (
     bit_bytes,
     join_i8x16,
@@ -38,13 +38,12 @@ from refimpl.engine.lanes import (
     with_last_i64,
 )
 from refimpl.engine.simd import Simd
-from refimpl.engine.sums import Sums, added, added_all, keep, kept, put
+from refimpl.engine.sums import Sums, added, added_all, none, put
 from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, super_codes
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
     I8x16,
-    I8x32,
     I8x64,
     I16x32,
     I32x16,
@@ -56,6 +55,7 @@ from refimpl.engine.vec import (
     load_u8,
     load_u16,
     prefetch,
+    prefetch_once,
     reinterpret,
     shift_right,
     splat,
@@ -72,8 +72,6 @@ from refimpl.engine.x86 import (
 )
 
 _INLINE = {"forceinline": True}
-_ACTIVATION_BYTES = 32 << 10
-_GROUP_ROWS = 16  # done piece by piece where the activations of whole rows are more than that
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
 
@@ -86,56 +84,47 @@ def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
     """The compiled kernel of a block format for M = `count`.
 
     Rows of 32-value blocks may have any number of them; the last ones of a row are copied to where
-    a whole step can be read. Where the activations of whole rows are too many for the nearest
-    cache, some weight rows together are done piece by piece.
+    a whole step can be read.
     """
     block_bytes, blocks = fmt.block_bytes, _STEP_BLOCKS[fmt.kind512.partition("_")[0]]
     size, values, x_size = blocks * block_bytes, blocks * fmt.block_values, activation_bytes(fmt)
-    sums, most = Sums(count), _ACTIVATION_BYTES // (count * x_size)
-    two, at_once, sums_size = sums.weight_rows > 1, sums.weight_rows, sums.size
+    sums = Sums(count)
+    two, at_once = sums.weight_rows > 1, sums.weight_rows
 
     @cfunc(SIGNATURE, **OPTIONS)
-    def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3):
+    def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
         simd  # noqa: B018  # part of the cache key
-        tail, kept_sums = stack(320), stack(4096)
+        tail, xs = stack(320), (x0, x1, x2, x3)
         whole, rest = columns // values, columns % values // 32
-        part, group, ahead = max(1, whole), rows, PREFETCH_BYTES
+        end, jump = reading(w, rows * row_bytes, after)
+        distance = PREFETCH_BYTES
         if two:  # whole pairs of rows
-            ahead = (PREFETCH_BYTES // (2 * row_bytes) + 1) * 2 * row_bytes
-        if count > 1 and whole > most:
-            pieces = (whole + most - 1) // most
-            part, group, ahead = (whole + pieces - 1) // pieces, _GROUP_ROWS, 2 * row_bytes
-        for top in range(0, rows, group):
-            for first in range(0, max(1, whole), part):
-                stop = min(first + part, whole)
-                for r in range(top, min(top + group, rows), at_once):
-                    at, x = w + r * row_bytes + first * size, first * x_size
-                    second = row_bytes if r + 1 < rows else 0  # how far away the other row is
-                    place = kept_sums + (r - top) // at_once * sums_size
-                    total = kept(sums, place, first > 0)
-                    for _ in range(first, stop):
-                        for line in range(0, size - 8, 64):
-                            prefetch(at + ahead + line)
-                        step = other = decoded(fmt, at)
+            distance = (PREFETCH_BYTES // (2 * row_bytes) + 1) * 2 * row_bytes
+        for r in range(0, rows, at_once):
+            at, x, total = w + r * row_bytes, 0, none(sums)
+            second = row_bytes if r + 1 < rows else 0  # how far away the other row is
+            for _ in range(whole):
+                soon = ahead(at + distance, end, jump)
+                for line in range(0, size, 64):
+                    if count > 1:
+                        prefetch(soon + line)
                         if two:
-                            for line in range(0, size - 8, 64):
-                                prefetch(at + second + ahead + line)
-                            other = decoded(fmt, at + second)
-                        xs = (x0, x1, x2, x3)
-                        total = added_all(sums, fmt, (step, other), xs, x, total)
-                        at += size
-                        x += x_size
-                    if stop < whole:
-                        keep(sums, place, total)
-                        continue
-                    if rest:
-                        step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
-                        if two:
-                            at += second
-                            other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
-                        xs = (x0, x1, x2, x3)
-                        total = added_all(sums, fmt, (step, other), xs, x, total)
-                    put(sums, (y0, y1, y2, y3), 4 * r, second, total)
+                            prefetch(soon + second + line)
+                    else:
+                        prefetch_once(soon + line)
+                step = other = decoded(fmt, at)
+                if two:
+                    other = decoded(fmt, at + second)
+                total = added_all(sums, fmt, (step, other), xs, x, total)
+                at += size
+                x += x_size
+            if rest:
+                step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                if two:
+                    at += second
+                    other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                total = added_all(sums, fmt, (step, other), xs, x, total)
+            put(sums, (y0, y1, y2, y3), 4 * r, second, total)
 
     return rows512
 
@@ -288,19 +277,23 @@ def _added_eights(fmt):
 
 # ------------------------------------------------------------------ fours
 
-_even_lanes = shuffler(I64x8, [0, 1, 4, 5, 8, 9, 12, 13])
-_odd_lanes = shuffler(I64x8, [2, 3, 6, 7, 10, 11, 14, 15])
+# Of four blocks of 34 bytes the first 128: the codes' first halves, their last halves (of which the
+# last 8 bytes lie beyond), and the scales, all as words.
+_first_halves = shuffler(I16x32, [17 * b + 1 + i for b in range(4) for i in range(8)])
+_last_halves = shuffler(I16x32, [(17 * b + 9 + i) % 64 for b in range(4) for i in range(8)])
+_scales_4x34 = shuffler(I16x32, [17 * (i // 4) for i in range(16)])
 
 
 @njit(forceinline=True)
 def _q8_0(fmt, w):
     """Codes of four blocks, first and last halves; -128 times their sums in the lanes; scales."""
-    a = reinterpret(I64x8, join_i8x32(load(I8x32, w + 2), load(I8x32, w + 36)))
-    b = reinterpret(I64x8, join_i8x32(load(I8x32, w + 70), load(I8x32, w + 104)))
-    first, last = reinterpret(I8x64, _even_lanes(a, b)), reinterpret(I8x64, _odd_lanes(a, b))
-    shift = splat(I8x64, -128)  # 128 without sign
+    a, b = load(I16x32, w), load(I16x32, w + 64)
+    first, shift = reinterpret(I8x64, _first_halves(a, b)), splat(I8x64, -128)  # 128 without sign
+    words = reinterpret(I64x8, _last_halves(a, b))
+    last = reinterpret(I8x64, with_last_i64(words, load_i64(w + 128)))
     sums = dot64(dot64(zeros(I32x16), shift, first), shift, last)
-    return first, last, zeros(I32x16) - sums, repeated_halves(w, 34, 4)
+    d = convert(F32x16, reinterpret(F16x16, _scales_4x34(a, b)))
+    return first, last, zeros(I32x16) - sums, d
 
 
 def _added_fours(fmt):

@@ -88,6 +88,19 @@ def shift_right_by(typingctx, value, bits):
 
 
 @intrinsic
+def lane(typingctx, value, number):
+    """One lane (a literal number) of a vector of int64."""
+    if not isinstance(number, types.IntegerLiteral):
+        return None
+    index = ir.Constant(ir.IntType(32), number.literal_value)
+
+    def emit(context, builder, signature, args):
+        return builder.extract_element(args[0], index)
+
+    return (types.int64(value, number), emit) if value.element == "i64" else None
+
+
+@intrinsic
 def with_last_i64(typingctx, value, scalar):
     """`value` with its last lane replaced."""
 

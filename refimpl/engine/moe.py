@@ -32,9 +32,12 @@ from refimpl.engine.vec import (
 from refimpl.engine.work import (
     claim,
     claims,
+    expert_place,
     expert_weights,
+    following,
     gate_and_up,
     products,
+    read_after,
     set_blob,
     set_blobs,
     swiglu_row,
@@ -139,6 +142,20 @@ def _set_pairs(step, ordered, start, end, x, x_bytes, per_blob, mine):
         set_blob(step, mine, i - start, x + blob * x_bytes)
 
 
+@device(types.int64)
+def _gate_of_unit(step, gate, unit, per_expert, chunk):
+    """Where the gate rows of a unit of `expert_swiglu_phase` lie, or 0."""
+    number, order = unit // per_expert, field(step, Step.ORDER)
+    if unit < 0:
+        return np.int64(0)
+    if order:
+        number = load_i64(order + 8 * number)
+    place = expert_place(gate, load_i64(field(step, Step.GROUPS) + 8 + 8 * number))
+    if place == 0:
+        return np.int64(0)
+    return place + unit % per_expert * chunk * field(gate, Matrix.ROW_BYTES)
+
+
 @device(types.void)
 def expert_swiglu_phase(step, layer, mine):
     """SwiGLU products of all pairs; no barrier at the end."""
@@ -166,7 +183,9 @@ def expert_swiglu_phase(step, layer, mine):
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
         _set_pairs(step, ordered, start, end, x, x_bytes, k, mine)
         expert = load_i64(table + 8 + 8 * number)
-        gate_and_up(step, gate, up, expert, first, rows, end - start, mine)
+        follower = following(step, unit, units, mine)
+        after = _gate_of_unit(step, gate, follower, per_expert, chunk)
+        gate_and_up(step, gate, up, expert, first, rows, end - start, mine, after)
         for i in range(start, end):
             to = y + load_i64(ordered + 8 * i) * y_bytes + 4 * first
             swiglu_row(step, i - start, rows, limit, to, mine)
@@ -192,9 +211,11 @@ def expert_down_phase(step, layer, mine):
         n = min(chunk, rows - first)
         for t in range(count):
             fill_zero(routed + t * h_bytes + 4 * first, n)
-        _add_experts(step, down, first, n, mine)
-        set_blobs(step, mine, xs, xs_bytes, count)
         w = field(shared, Matrix.ADDRESS) + first * field(shared, Matrix.ROW_BYTES)
+        _add_experts(step, down, first, n, mine, w)
+        set_blobs(step, mine, xs, xs_bytes, count)
+        follower = following(step, unit, units, mine)
+        read_after(mine, _down_of_expert(step, down, 0, follower * chunk) if follower >= 0 else 0)
         products(step, shared, w, n, count, y, 4 * n, mine)
         for t in range(count):
             at = t * h_bytes + 4 * first
@@ -202,9 +223,17 @@ def expert_down_phase(step, layer, mine):
             add_rows(h + at, routed + at, n)
 
 
+@device(types.int64)
+def _down_of_expert(step, down, number, first):
+    """Where row `first` of the `number`-th used expert's down projection lies, or 0."""
+    place = expert_place(down, load_i64(field(step, Step.GROUPS) + 8 + 8 * number))
+    return place + first * field(down, Matrix.ROW_BYTES) if place else np.int64(0)
+
+
 @device(types.void)
-def _add_experts(step, down, first, n, mine):
-    """routed += weighted outputs of all pairs, rows first..first+n, experts ascending."""
+def _add_experts(step, down, first, n, mine, after):
+    """routed += weighted outputs of all pairs, rows first..first+n, experts ascending; `after` is
+    what is read after them."""
     experts, k = field(step, Step.EXPERTS), field(step, Step.TOP_K)
     table, weights = field(step, Step.GROUPS), field(step, Step.WEIGHTS)
     starts = table + 8 + 8 * experts
@@ -213,11 +242,14 @@ def _add_experts(step, down, first, n, mine):
     routed = field(step, Step.ROUTED) + 4 * first
     h_bytes = 4 * field(step, Step.HIDDEN_SIZE)
     y = mine + field(step, Step.FIRST_Y)
-    for number in range(load_i64(table)):
+    used = load_i64(table)
+    for number in range(used):
         w = expert_weights(down, load_i64(table + 8 + 8 * number))
         w += first * field(down, Matrix.ROW_BYTES)
         start, end = load_i64(starts + 8 * number), load_i64(starts + 8 * number + 8)
         _set_pairs(step, ordered, start, end, x, x_bytes, 1, mine)
+        last = number + 1 == used
+        read_after(mine, after if last else _down_of_expert(step, down, number + 1, first))
         products(step, down, w, n, end - start, y, 4 * n, mine)
         for i in range(start, end):
             pair = load_i64(ordered + 8 * i)

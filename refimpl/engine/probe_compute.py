@@ -29,7 +29,7 @@ from refimpl.engine.vec import load_i64
 KERNEL_DTYPES = ("int8", "bf16")
 _COLUMNS = 4096  # the published model's hidden size
 _ROWS = 32  # of 16-bit weights: 256 KB
-_LONGEST_CALL = 12  # arguments
+_LONGEST_CALL = 13  # arguments
 _SAMPLE_S = 0.05
 _BARRIERS = 2000
 _SIGNATURE = types.void(types.int64, types.int64)
@@ -43,7 +43,7 @@ def _repeating(simd: Simd, tiled: bool) -> Any:
     def repeat(record, thread):
         simd  # noqa: B018  # part of the cache key
         function, times = load_i64(record), load_i64(record + 8)
-        a = load_i64(record + 32) + thread * 96
+        a = load_i64(record + 32) + thread * 8 * _LONGEST_CALL
         for _ in range(times):
             if tiled:
                 call_address(function, (
@@ -55,7 +55,7 @@ def _repeating(simd: Simd, tiled: bool) -> Any:
                     load_i64(a), load_i64(a + 8), load_i64(a + 16), load_i64(a + 24),
                     load_i64(a + 32), load_i64(a + 40), load_i64(a + 48), load_i64(a + 56),
                     load_i64(a + 64), load_i64(a + 72), load_i64(a + 80),
-                    load_i64(a + 88)))  # fmt: skip
+                    load_i64(a + 88), load_i64(a + 96)))  # fmt: skip
         barrier(load_i64(record + 16), load_i64(record + 24))
 
     return repeat
@@ -81,7 +81,7 @@ class _Call:
     """A kernel with memory of its own for one thread.
 
     Attributes:
-        arguments: at most 12.
+        arguments: at most 13.
         operations: multiplications and additions of a call.
         memory: what the arguments point into.
     """
@@ -112,7 +112,7 @@ def _rows_call(simd: Simd, name: str) -> _Call:
     weights, x, y = zeroed(row_bytes * _ROWS), zeroed(4 * 4 * _COLUMNS), zeroed(4 * 4 * _ROWS)
     xs = [address(x) + 4 * _COLUMNS * i for i in range(4)]
     ys = [address(y) + 4 * _ROWS * i for i in range(4)]
-    arguments = (address(weights), row_bytes, _ROWS, _COLUMNS, *xs, *ys)
+    arguments = (address(weights), row_bytes, _ROWS, _COLUMNS, *xs, *ys, 0)
     function = kernel(simd, name, 4, exact=False).address
     return _Call(function, arguments, 2 * _ROWS * _COLUMNS * 4, (weights, x, y))
 

@@ -112,7 +112,7 @@ def _mtp_input(step, mine):
         rms_norm(h + 4 * t * size, field(step, Step.HNORM), size, eps, row + 4 * size)
         prepare_row(step, row, 2 * size, field(step, Step.EH_PLAN), mine)
     wait(step, mine)
-    matrix_phase(step, mine, field(step, Step.EH), blob, blob_bytes, count, h, 4 * size)
+    matrix_phase(step, mine, field(step, Step.EH), blob, blob_bytes, count, h, 4 * size, 0)
     wait(step, mine)
 
 
@@ -133,7 +133,8 @@ def _attention(step, layer, cache, mine):
     columns = field(layer, Layer.HEADS) * field(layer, Layer.LANES)
     prepare_phase(step, mine, blob, blob_bytes, count, columns, field(layer, Layer.OUTPUT_PLAN))
     wait(step, mine)
-    adding_phase(step, mine, field(layer, Layer.O), blob, blob_bytes, count, h, h_bytes)
+    then = field(layer, Layer.ROUTER) if field(layer, Layer.IS_MOE) else field(layer, Layer.GATE)
+    adding_phase(step, mine, field(layer, Layer.O), blob, blob_bytes, count, h, h_bytes, then)
     wait(step, mine)
 
 
@@ -143,13 +144,15 @@ def _projections(step, layer, mine, count):
     x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
     kv_bytes = field(step, Step.KV_BYTES)
     matrix_phase(step, mine, field(layer, Layer.Q), x, x_bytes, count,
-                 field(step, Step.QUERIES), field(step, Step.QUERY_BYTES))  # fmt: skip
+                 field(step, Step.QUERIES), field(step, Step.QUERY_BYTES),
+                 field(layer, Layer.K))  # fmt: skip
     matrix_phase(step, mine, field(layer, Layer.K), x, x_bytes, count,
-                 field(step, Step.KEYS), kv_bytes)  # fmt: skip
+                 field(step, Step.KEYS), kv_bytes, field(layer, Layer.V))  # fmt: skip
     matrix_phase(step, mine, field(layer, Layer.V), x, x_bytes, count,
-                 field(step, Step.VALUES), kv_bytes)  # fmt: skip
+                 field(step, Step.VALUES), kv_bytes, field(layer, Layer.G))  # fmt: skip
     matrix_phase(step, mine, field(layer, Layer.G), x, x_bytes, count,
-                 field(step, Step.GATES), field(step, Step.GATE_BYTES))  # fmt: skip
+                 field(step, Step.GATES), field(step, Step.GATE_BYTES),
+                 field(layer, Layer.O))  # fmt: skip
 
 
 @device(types.void)
@@ -197,7 +200,7 @@ def _dense(step, layer, mine):
     width, plan = field(layer, Layer.WIDTH), field(layer, Layer.HIDDEN_PLAN)
     prepare_phase(step, mine, y, y_bytes, count, width, plan)
     wait(step, mine)
-    adding_phase(step, mine, field(layer, Layer.DOWN), y, y_bytes, count, h, h_bytes)
+    adding_phase(step, mine, field(layer, Layer.DOWN), y, y_bytes, count, h, h_bytes, 0)
     wait(step, mine)
 
 
@@ -210,7 +213,8 @@ def _moe(step, layer, mine, thread):
     _norm_phase(step, mine, h, h_bytes, scale, plan, count)
     x, x_bytes = field(step, Step.BLOB), field(step, Step.BLOB_BYTES)
     matrix_phase(step, mine, field(layer, Layer.ROUTER), x, x_bytes, count,
-                 field(step, Step.LOGITS), field(step, Step.LOGITS_BYTES))  # fmt: skip
+                 field(step, Step.LOGITS), field(step, Step.LOGITS_BYTES),
+                 field(layer, Layer.SHARED_GATE))  # fmt: skip
     shared, shared_bytes = field(step, Step.SHARED_BLOB), field(step, Step.SHARED_BLOB_BYTES)
     swiglu_phase(step, mine, field(layer, Layer.SHARED_GATE), field(layer, Layer.SHARED_UP),
                  x, x_bytes, count, shared, shared_bytes,
@@ -261,5 +265,5 @@ def _head(step, mine, head):
     _norm_phase(step, mine, h, h_bytes, scale, plan, count)
     matrix_phase(step, mine, head, field(step, Step.BLOB),
                  field(step, Step.BLOB_BYTES), count, field(step, Step.OUT_LOGITS),
-                 field(step, Step.OUT_BYTES))  # fmt: skip
+                 field(step, Step.OUT_BYTES), 0)  # fmt: skip
     wait(step, mine)

@@ -9,9 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from refimpl.engine.jit import overload
+import numpy as np
+
+from refimpl.engine.jit import njit, overload
+from refimpl.engine.lanes import lane, shuffler
 from refimpl.engine.simd import Parameter
-from refimpl.engine.vec import F32x16, load, reduce_add, store, store_f32, zeros
+from refimpl.engine.vec import (
+    F32x16,
+    I64x8,
+    reduce_add,
+    reinterpret,
+    store_f32,
+    store_i32,
+    store_i64,
+    zeros,
+)
 
 _INLINE = {"forceinline": True}
 
@@ -36,11 +48,6 @@ class Sums(Parameter):
         """Rows of weights at a time."""
         return 2 if self.count > 2 else 1
 
-    @property
-    def size(self) -> int:
-        """Bytes of the sums in memory."""
-        return 64 * self.count * self.weight_rows
-
 
 def added(fmt: Any, step: Any, x: int, acc: Any) -> Any:
     """acc (F32x16) + the products of a decoded step with its activations."""
@@ -52,13 +59,8 @@ def added_all(sums: Any, fmt: Any, steps: Any, xs: Any, x: int, total: Any) -> A
     raise NotImplementedError("only called from compiled kernels")
 
 
-def keep(sums: Any, at: int, total: Any) -> None:
-    """Write `total` to memory."""
-    raise NotImplementedError("only called from compiled kernels")
-
-
-def kept(sums: Any, at: int, anything: bool) -> Any:
-    """What `keep` wrote, or zeros if it has written nothing."""
+def none(sums: Any) -> Any:
+    """Sums of nothing."""
     raise NotImplementedError("only called from compiled kernels")
 
 
@@ -91,43 +93,48 @@ def _added_all(sums, fmt, steps, xs, x, total):
     return all_rows
 
 
-@overload(keep, jit_options=_INLINE)
-def _keep(sums, at, total):
-    count = sums.parameter.count
+@overload(none, jit_options=_INLINE)
+def _none(sums):
+    def zero(sums):
+        z = zeros(F32x16)
+        return z, z, z, z, z, z, z, z
 
-    def write(sums, at, total):
-        a0, a1, a2, a3, b0, b1, b2, b3 = total
-        store(at, a0)
-        if count > 1:
-            store(at + 64, a1)
-        if count > 2:
-            store(at + 128, a2)
-            store(at + 192, a3)
-            store(at + 256, b0)
-            store(at + 320, b1)
-            store(at + 384, b2)
-            store(at + 448, b3)
-
-    return write
+    return zero
 
 
-@overload(kept, jit_options=_INLINE)
-def _kept(sums, at, anything):
-    count = sums.parameter.count
+# Two vectors' sums of lanes i and i + 8, then i and i + 4 of twice two, and so on: the additions of
+# `reduce_add`, so that a row's result does not depend on which others are computed with it.
+_lower_8, _upper_8 = (shuffler(F32x16, [*range(i, i + 8), *range(16 + i, 24 + i)]) for i in (0, 8))
+_lower_4, _upper_4 = (
+    shuffler(F32x16, [v + 8 * h + i + k for v in (0, 16) for h in (0, 1) for k in range(4)])
+    for i in (0, 4)
+)
+_lower_2, _upper_2 = (
+    shuffler(F32x16, [4 * q + v + i + k for q in range(4) for v in (0, 16) for k in range(2)])
+    for i in (0, 2)
+)
+_even, _odd = (shuffler(F32x16, [2 * (k % 8) + i for k in range(16)]) for i in (0, 1))
 
-    def read(sums, at, anything):
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(F32x16)
-        if anything:
-            a0 = load(F32x16, at)
-            if count > 1:
-                a1 = load(F32x16, at + 64)
-            if count > 2:
-                a2, a3 = load(F32x16, at + 128), load(F32x16, at + 192)
-                b0, b1 = load(F32x16, at + 256), load(F32x16, at + 320)
-                b2, b3 = load(F32x16, at + 384), load(F32x16, at + 448)
-        return a0, a1, a2, a3, b0, b1, b2, b3
 
-    return read
+@njit(forceinline=True)
+def _added_lanes(total):
+    """The lanes of each of eight vectors added up, as lanes 0 4 1 5 2 6 3 7 and once more."""
+    a0, a1, a2, a3, b0, b1, b2, b3 = total
+    a01, a23 = _lower_8(a0, a1) + _upper_8(a0, a1), _lower_8(a2, a3) + _upper_8(a2, a3)
+    b01, b23 = _lower_8(b0, b1) + _upper_8(b0, b1), _lower_8(b2, b3) + _upper_8(b2, b3)
+    a = _lower_4(a01, a23) + _upper_4(a01, a23)
+    b = _lower_4(b01, b23) + _upper_4(b01, b23)
+    both = _lower_2(a, b) + _upper_2(a, b)
+    return _even(both, both) + _odd(both, both)
+
+
+@njit(forceinline=True)
+def _put_pair(y, at, pair, second):
+    """Two results, or the first of them."""
+    if second:
+        store_i64(y + at, pair)
+    else:
+        store_i32(y + at, np.int32(pair))
 
 
 @overload(put, jit_options=_INLINE)
@@ -135,18 +142,17 @@ def _put(sums, ys, at, second, total):
     count = sums.parameter.count
 
     def write(sums, ys, at, second, total):
-        y0, y1, y2, y3 = ys
-        a0, a1, a2, a3, b0, b1, b2, b3 = total
-        store_f32(y0 + at, reduce_add(a0))
+        y0, y1, _, _ = ys
+        store_f32(y0 + at, reduce_add(total[0]))
         if count > 1:
-            store_f32(y1 + at, reduce_add(a1))
-        if count > 2:
-            store_f32(y2 + at, reduce_add(a2))
-            store_f32(y3 + at, reduce_add(a3))
-            if second:
-                store_f32(y0 + at + 4, reduce_add(b0))
-                store_f32(y1 + at + 4, reduce_add(b1))
-                store_f32(y2 + at + 4, reduce_add(b2))
-                store_f32(y3 + at + 4, reduce_add(b3))
+            store_f32(y1 + at, reduce_add(total[1]))
 
-    return write
+    def write_pairs(sums, ys, at, second, total):
+        pairs = reinterpret(I64x8, _added_lanes(total))
+        y0, y1, y2, y3 = ys
+        _put_pair(y0, at, lane(pairs, 0), second)
+        _put_pair(y1, at, lane(pairs, 1), second)
+        _put_pair(y2, at, lane(pairs, 2), second)
+        _put_pair(y3, at, lane(pairs, 3), second)
+
+    return write_pairs if count > 2 else write

@@ -15,15 +15,16 @@ from refimpl.engine.lanes import (
     bytes16,
     join_i8x32,
     literal,
-    repeated_halves,
     shuffler,
     where_bits,
 )
 from refimpl.engine.vec import (
+    F16x8,
     F32x16,
     I8x16,
     I8x32,
     I8x64,
+    I32x4,
     I32x16,
     I64x8,
     convert,
@@ -62,15 +63,26 @@ def super_codes(fmt: Any, w: int) -> Any:
     raise NotImplementedError("only called from compiled kernels")
 
 
+# The scales and minima of Q4_K and Q5_K: 12 bytes, as three groups a, b, c of four. The first four
+# scales and minima are the low six bits of a and b; those of the others lie in c (low and high
+# nibbles), their top two bits in those of a and b.
+_abc = shuffler(I32x4, [1, 3, 2, 3])
+_tops = shuffler(I32x4, [1, 1, 2, 2])
+_low_shifts = literal(I32x4, [0, 0, 0, 4])
+_low_bits = literal(I32x4, [0x3F3F3F3F, 0x0F0F0F0F, 0x3F3F3F3F, 0x0F0F0F0F])
+_top_bits = literal(I32x4, [0, 0x30303030, 0, 0x30303030])
+_factors = shuffler(F16x8, [0] * 8 + [1] * 8)
+
+
 @njit(forceinline=True)
 def _k_scales(block):
     """d times the eight scales, then dmin times the eight minima, of a Q4_K or Q5_K block."""
-    a, b, c = load_u32(block + 4), load_u32(block + 8), load_u32(block + 12)
-    top_a, top_b = (a >> 6) & 0x03030303, (b >> 6) & 0x03030303
-    scales = (a & 0x3F3F3F3F) | ((c & 0x0F0F0F0F) | top_a << 4) << 32
-    minima = (b & 0x3F3F3F3F) | (((c >> 4) & 0x0F0F0F0F) | top_b << 4) << 32
-    lanes = widen(I32x16, bytes16(scales, minima))
-    return convert(F32x16, lanes) * repeated_halves(block, 2, 2)
+    head = load(I32x4, block)
+    low = shift_right_each(_abc(head, head), _low_shifts()) & _low_bits()
+    bytes16 = low | (shift_right(_tops(head, head), 2) & _top_bits())
+    halves = reinterpret(F16x8, head)
+    factors = convert(F32x16, _factors(halves, halves))
+    return convert(F32x16, widen(I32x16, reinterpret(I8x16, bytes16))) * factors
 
 
 @njit(forceinline=True)

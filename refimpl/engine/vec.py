@@ -67,7 +67,7 @@ I8x16, I8x32, I8x64 = VecType("i8", 16), VecType("i8", 32), VecType("i8", 64)
 I16x8, I16x16, I16x32 = VecType("i16", 8), VecType("i16", 16), VecType("i16", 32)
 I32x4, I32x8, I32x16 = VecType("i32", 4), VecType("i32", 8), VecType("i32", 16)
 I64x8 = VecType("i64", 8)
-F16x16 = VecType("f16", 16)
+F16x8, F16x16 = VecType("f16", 8), VecType("f16", 16)
 F32x4, F32x8, F32x16 = VecType("f32", 4), VecType("f32", 8), VecType("f32", 16)
 
 
@@ -213,20 +213,24 @@ def store_f16(typingctx, address, value):
     return types.void(types.int64, types.float32), emit
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at `address`; any address is allowed."""
+def _prefetch(locality: int, doc: str) -> Any:
+    def typed(typingctx, address):
+        def emit(context, builder, signature, args):
+            i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            hints = [ir.Constant(i32, 0), ir.Constant(i32, locality), ir.Constant(i32, 1)]
+            builder.call(function, [pointer(builder, args[0], ir.IntType(8)), *hints])
+            return context.get_dummy_value()
 
-    def emit(context, builder, signature, args):
-        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # read, keep in all cache levels, data
-        hints = [ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)]
-        builder.call(function, [pointer(builder, args[0], ir.IntType(8)), *hints])
-        return context.get_dummy_value()
+        return types.void(types.int64), emit
 
-    return types.void(types.int64), emit
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+prefetch = _prefetch(3, "Ask for the cache line at an address; any address is allowed.")
+prefetch_once = _prefetch(0, "The same for what is read once: the nearest cache keeps it.")
 
 
 @intrinsic

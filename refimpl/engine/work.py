@@ -36,6 +36,7 @@ class Mine(IntEnum):
     BARRIER = 1
     THREAD = 2
     VICTIM = 3  # whose units are taken: this many threads further on
+    AFTER = 4  # weights to be read after the next products, or 0: those behind theirs
 
 
 UNUSED_Y = 64
@@ -85,6 +86,20 @@ def claim(step, counters, total, mine):
     return total
 
 
+@device(types.int64)
+def following(step, unit, total, mine):
+    """The unit that this thread will probably take after `unit`, or -1 if there is none."""
+    threads, me = field(step, Step.THREADS), field(mine, Mine.THREAD)
+    owner = (me + field(mine, Mine.VICTIM)) % threads
+    return unit + 1 if unit + 1 < (owner + 1) * total // threads else np.int64(-1)
+
+
+@njit(forceinline=True)
+def read_after(mine: Any, address: Any) -> None:
+    """Say where the weights lie that will be read after those of the next products; 0: behind."""
+    _set(mine, Mine.AFTER, address)
+
+
 @device(types.void)
 def wait(step, mine):
     """End a phase: return when every thread has come here."""
@@ -110,6 +125,17 @@ def unit_rows(step: Any, matrix: Any) -> Any:
     if field(step, Step.ROWS) >= MANY:
         return field(matrix, Matrix.TILE_UNIT)
     return field(matrix, Matrix.CHUNK)
+
+
+@device(types.int64)
+def first_weights(step, matrix, mine):
+    """Where this thread begins to read a matrix; 0 if there is none."""
+    if matrix == 0:
+        return np.int64(0)
+    chunk, threads = unit_rows(step, matrix), field(step, Step.THREADS)
+    units = (field(matrix, Matrix.ROWS) + chunk - 1) // chunk
+    first = field(mine, Mine.THREAD) * units // threads * chunk
+    return field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
 
 
 @njit(forceinline=True)
@@ -158,7 +184,7 @@ def _in_place(step, matrix, weights, rows, count, y, y_bytes, mine):
         y3 = y0 + 3 * y_bytes if n == 4 else mine + UNUSED_Y
         call_address(kernel, (weights, row_bytes, rows, columns, x0 + offset, x1 + offset,
                               x2 + offset, x3 + offset, y0, y0 + y_bytes, y0 + 2 * y_bytes,
-                              y3))  # fmt: skip
+                              y3, field(mine, Mine.AFTER)))  # fmt: skip
 
 
 @device(types.void)
@@ -196,8 +222,9 @@ def _multiplied(step, matrix, place, count, y, y_bytes, mine):
 
 
 @device(types.void)
-def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):
-    """All rows of a matrix times `count` blobs; no barrier at the end."""
+def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes, then):
+    """All rows of a matrix times `count` blobs; no barrier at the end. `then` is the matrix that is
+    read next, or 0."""
     rows, chunk = field(matrix, Matrix.ROWS), unit_rows(step, matrix)
     counters, units = claims(step, mine), (rows + chunk - 1) // chunk
     set_blobs(step, mine, x, x_bytes, count)
@@ -207,12 +234,14 @@ def matrix_phase(step, mine, matrix, x, x_bytes, count, y, y_bytes):
             return
         first = unit * chunk
         w = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
+        last = following(step, unit, units, mine) < 0
+        read_after(mine, first_weights(step, then, mine) if last else 0)
         products(step, matrix, w, min(chunk, rows - first), count, y + 4 * first, y_bytes, mine)
 
 
 @device(types.void)
-def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):
-    """h += matrix x for `count` blobs; no barrier at the end."""
+def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes, then):
+    """h += matrix x for `count` blobs; no barrier at the end. `then` as above."""
     rows, chunk = field(matrix, Matrix.ROWS), unit_rows(step, matrix)
     counters, units = claims(step, mine), (rows + chunk - 1) // chunk
     set_blobs(step, mine, x, x_bytes, count)
@@ -224,6 +253,8 @@ def adding_phase(step, mine, matrix, x, x_bytes, count, h, h_bytes):
         first = unit * chunk
         n = min(chunk, rows - first)
         w = field(matrix, Matrix.ADDRESS) + first * field(matrix, Matrix.ROW_BYTES)
+        last = following(step, unit, units, mine) < 0
+        read_after(mine, first_weights(step, then, mine) if last else 0)
         products(step, matrix, w, n, count, y, 4 * chunk, mine)
         for i in range(count):
             add_rows(h + i * h_bytes + 4 * first, y + i * 4 * chunk, n)
@@ -240,13 +271,24 @@ def expert_weights(matrix, expert):
     return load_i64(places + 8 * expert)
 
 
+@device(types.int64)
+def expert_place(matrix, expert):
+    """Where a matrix of a stack lies, or 0 as long as it has not been read."""
+    places = field(matrix, Matrix.PLACES)
+    if places == 0:
+        return field(matrix, Matrix.ADDRESS) + expert * field(matrix, Matrix.EXPERT_BYTES)
+    return load_i64(places + 8 * expert)
+
+
 @device(types.void)
-def gate_and_up(step, gate, up, expert, first, rows, count, mine):
+def gate_and_up(step, gate, up, expert, first, rows, count, mine, after):
     """Products of rows first..first+rows of an expert's two matrices with the blobs that were set,
-    `rows` apart in the two lots of scratch."""
+    `rows` apart in the two lots of scratch; `after`: see `read_after`."""
     g = expert_weights(gate, expert) + first * field(gate, Matrix.ROW_BYTES)
     u = expert_weights(up, expert) + first * field(up, Matrix.ROW_BYTES)
+    read_after(mine, u)
     products(step, gate, g, rows, count, mine + field(step, Step.FIRST_Y), 4 * rows, mine)
+    read_after(mine, after)
     products(step, up, u, rows, count, mine + field(step, Step.SECOND_Y), 4 * rows, mine)
 
 
@@ -270,7 +312,10 @@ def swiglu_phase(step, mine, gate, up, x, x_bytes, count, y, y_bytes, limit):
             return
         first = unit * chunk
         rows = min(chunk, width - first)
-        gate_and_up(step, gate, up, 0, first, rows, count, mine)
+        after, follower = np.int64(0), following(step, unit, units, mine)
+        if follower >= 0:
+            after = expert_place(gate, 0) + follower * chunk * field(gate, Matrix.ROW_BYTES)
+        gate_and_up(step, gate, up, 0, first, rows, count, mine, after)
         for i in range(count):
             swiglu_row(step, i, rows, limit, y + i * y_bytes + 4 * first, mine)
 

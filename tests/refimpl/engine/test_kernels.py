@@ -51,7 +51,7 @@ def products(name: str, data: np.ndarray, x: np.ndarray, simd_name: str, exact: 
     out = np.full((4, len(data)), np.nan, dtype=np.float32)
     function = kernel(simd, name, count, exact).ctypes
     function(address(data), data.shape[1], len(data), x.shape[1],
-             *(address(b) for b in kept), *(address(y) for y in out))  # fmt: skip
+             *(address(b) for b in kept), *(address(y) for y in out), 0)  # fmt: skip
     return out[:count]
 
 
