@@ -7,12 +7,15 @@ which a checker of Python types knows nothing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 from numba import extending
-from numba.core import event
+from numba.core import caching, event, serialize, sigutils
+from numba.core.ccallback import CFunc
+from numba.core.registry import cpu_target
 
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
@@ -22,17 +25,41 @@ overload: Any = extending.overload
 def cfunc(signature: Any, **options: Any) -> Callable[[Any], Any]:
     """`numba.cfunc`, which keeps compiled code beside the sources or, where that folder is
     read-only, in the user's cache folder; where neither can be written it is not kept."""
+    keep = options.pop("cache", False)
 
     def decorate(function: Any) -> Any:
-        try:
-            with event.install_listener("numba:run_pass", _Listener()):
-                return numba.cfunc(signature, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            return numba.cfunc(signature, **{**options, "cache": False})(function)
+        made: Any = CFunc(function, sigutils.normalize_signature(signature), {}, options)
+        if keep:
+            try:
+                made._cache = _KernelCache(function)
+            except RuntimeError as error:
+                if "cannot cache" not in str(error):
+                    raise
+        with event.install_listener("numba:run_pass", _Listener()):
+            made.compile()
+        return made
 
     return decorate
+
+
+class _KernelCache(caching.FunctionCache):
+    """Files of its own for each kernel.
+
+    Numba keeps all versions of a function in numbered files with one index. Two processes that
+    compile different versions at the same time may take the same number, and one of them is later
+    given the other's code. Here the names follow from what the version is made from, so that
+    whoever writes a file writes the same.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        enclosed = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        target = cpu_target.target_context.codegen().magic_tuple()
+        made_from = (function.__code__.co_code, serialize.dumps(enclosed), repr(target).encode())
+        digest = hashlib.sha256(b"".join(made_from)).hexdigest()[:16]
+        name = f"{self._impl.filename_base}-{digest}"
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = caching.IndexDataCacheFile(self.cache_path, name, stamp)
 
 
 class _Listener(event.Listener):

@@ -5,6 +5,7 @@ from typing import Any
 import numba
 import pytest
 from numba import types
+from numba.core import caching
 
 from refimpl.engine import jit
 
@@ -33,15 +34,35 @@ def test_only_compilation_is_announced(
 def test_where_nothing_can_be_written_kernels_are_compiled_without_a_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = numba.cfunc
+    def refuse(function: Any) -> Any:
+        raise RuntimeError(message)
 
-    def refuse(signature: Any, **options: Any) -> Any:
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function 'double': no locator available for file")
-        return real(signature, **options)
-
-    monkeypatch.setattr(numba, "cfunc", refuse)
+    monkeypatch.setattr(jit, "_KernelCache", refuse)
+    message = "cannot cache function 'double': no locator available for file"
     assert compiled()(21) == 42
-    monkeypatch.setattr(numba, "cfunc", lambda *a, **o: pytest.fail("other errors"))
-    with pytest.raises(pytest.fail.Exception):
+    message = "another error"
+    with pytest.raises(RuntimeError, match="another"):
         compiled()
+
+
+def test_processes_that_compile_at_the_same_time_do_not_take_each_others_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two versions of a function; each is put on disk by one that has seen the folder empty."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path_factory.mktemp("shared")))
+
+    def times(factor: int) -> Any:
+        @jit.cfunc(types.int64(types.int64), cache=True)
+        def multiply(x):  # type: ignore[no-untyped-def]
+            return factor * x
+
+        return multiply
+
+    with monkeypatch.context() as empty:
+        empty.setattr(caching.IndexDataCacheFile, "_load_index", lambda self: {})
+        for factor in (3, 5):
+            assert times(factor).ctypes(7) == 7 * factor
+    for factor in (3, 5):
+        found = times(factor)
+        assert found.cache_hits == 1
+        assert found.ctypes(7) == 7 * factor
