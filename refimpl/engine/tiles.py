@@ -39,7 +39,8 @@ UNIT_ROWS = 32
 AMX_UNIT_ROWS = 128
 """With AMX, whose activations are copied together for each unit."""
 _TOKENS = 8  # rows of activations of one call
-_COLUMNS = {"codes": 4096, "floats": 2048, "pairs": 4096}  # so that tiles stay in the L2 cache
+_COLUMNS = {"codes": 4096, "floats": 512, "pairs": 4096}
+"""So that tiles stay in the L2 cache, and float32 sums are not too long."""
 _LARGEST_CODES = {"Q4_0": 8, "Q5_0": 16, "Q5_1": 31, "Q4_K": 15, "Q5_K": 31, "Q6_K": 32}
 _UNPACK_SIGNATURE = types.void(*[types.int64] * 4)
 

@@ -119,7 +119,7 @@ def _run(typingctx, product, tile, first, columns, total, blobs, rows, offset, y
     def emit(context, builder, signature, args):
         _, tile, first, columns, total, blobs, rows, offset, y, y_bytes = args
         last = builder.sub(rows, _constant(1))
-        xs, outs, begin = [], [], []
+        xs, outs = [], []
         fresh = builder.icmp_signed("==", first, _constant(0))
         none = ir.Constant(F32x16.llvm, None)
         for m in range(made.tokens):
@@ -128,11 +128,13 @@ def _run(typingctx, product, tile, first, columns, total, blobs, rows, offset, y
             blob = _loaded(builder, _I64, builder.add(blobs, builder.mul(number, _constant(8))))
             xs.append(builder.add(blob, offset))
             outs.append(builder.add(y, builder.mul(number, y_bytes)))
-            begin.append(builder.select(fresh, none, _loaded(builder, F32x16.llvm, outs[m])))
+        begin = [none] * made.tokens
         sums = _group_loop(builder, made, begin, tile, xs, (first, columns, total))
-        for m in range(made.tokens):
+        before = [builder.select(fresh, none, _loaded(builder, F32x16.llvm, o)) for o in outs]
+        for m, out in enumerate(outs):
             # Sums beyond the last row are that row's own once more.
-            builder.store(sums[m], pointer(builder, outs[m], F32x16.llvm), align=1)
+            value = builder.fadd(before[m], sums[m])
+            builder.store(value, pointer(builder, out, F32x16.llvm), align=1)
         return context.get_dummy_value()
 
     return types.void(product, *[types.int64] * 9), emit
