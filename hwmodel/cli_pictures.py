@@ -36,6 +36,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
     from pathlib import Path
 
     from hwmodel.cli_support import print_json, table
+    from hwmodel.plan_view import figure
     from hwmodel.roofline import roofs, step_points
 
     if plot is not None:
@@ -54,7 +55,15 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
             }
         )
     else:
-        header = ["phase", "FLOP per byte", "TFLOP/s", "roof", "% of it", "ms", "limited by"]
+        header = [
+            "phase",
+            "FLOP per byte",
+            "TFLOP/s",
+            "roof TFLOP/s",
+            "% of it",
+            "ms",
+            "limited by",
+        ]
         rows = [
             [
                 p.name,
@@ -62,7 +71,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
                 f"{p.flop_per_s / 1e12:.3g}",
                 f"{p.roof_flop_per_s / 1e12:.3g}",
                 f"{100 * p.share:.0f}",
-                f"{1e3 * p.seconds:.3g}",
+                figure(1e3 * p.seconds),
                 p.limiting,
             ]
             for p in points

@@ -126,7 +126,10 @@ def _add_split(launch: Launch, add: _Add) -> None:
         if launch.hosts > 1:
             add("remote", ",".join(f"host{i}:50052" for i in range(2, launch.hosts + 1)))
     elif (groups := launch.placement.attention_groups) > 1:
-        add("expert_groups", groups, width=launch.count // groups, count=launch.count)
+        local = max(1, groups // launch.hosts)
+        add("expert_groups", groups, width=launch.count // groups, count=launch.count, local=local)
+        if launch.hosts > 1:
+            add("group_machines", launch.hosts)
     elif split in ("tensor", "expert"):
         add(split, launch.count)
         if launch.hosts > 1:

@@ -37,7 +37,7 @@ _OVERHEAD = ("per_layer_s",)
 _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
     "flash_attention", "sequences", "split_layer", "layer_shares", "remote", "tensor", "expert",
-    "machines", "expert_groups",
+    "machines", "expert_groups", "group_machines",
     "memory", "host_experts", "host_expert_layers", "stream", "drafts", "draft_model", "template",
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ from hwmodel.candidate import GOOD_TIER, Candidate, quality_of, tier_of
 from hwmodel.cost import Terms, terms_of
 from hwmodel.errors import RequestError
 from hwmodel.model import ModelShape
+from hwmodel.placement import kv_heads
 from hwmodel.plan import command_of
 from hwmodel.predict import predict
 from hwmodel.request import PlanRequest, make_request
@@ -266,10 +267,17 @@ def _good_enough(request: PlanRequest, quant: str) -> bool:
 
 
 def _attention_groups(request: PlanRequest, split: str, count: int) -> tuple[int, ...]:
-    """One group, and over several machines one for each of them."""
+    """One group, over several machines one for each of them, and one for each device where the
+    cache is a latent, which a group would keep on all of its devices."""
+    if split != "expert" or count == 1:
+        return (1,)
     machines = -(-count // max(1, request.device.max_per_host))
-    many = split == "expert" and request.device.max_per_host > 1 and machines > 1
-    return (1, machines) if many and count % machines == 0 else (1,)
+    found = [1]
+    if request.device.max_per_host > 1 and machines > 1 and count % machines == 0:
+        found.append(machines)
+    if kv_heads(request.model) == 1:
+        found.append(count)
+    return tuple(dict.fromkeys(found))
 
 
 def _rack_types(request: PlanRequest, count: int) -> Iterator[Candidate]:

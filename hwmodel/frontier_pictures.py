@@ -29,7 +29,7 @@ def _offers_figure(offers: Sequence[Offer]) -> Figure:
     with style():
         figure, axes = blank(
             f"Price, speed and quality, {offers[0].candidate.context:,} tokens",
-            f"machines that none beats in all three; {fit_note()}", (10, 6.6),
+            f"machines that none beats in all three; {fit_note()}", (10, 7.2),
         )  # fmt: skip
         types = list(dict.fromkeys(o.candidate.run.quant.name for o in offers))
         for i, quant in enumerate(types):
@@ -40,7 +40,7 @@ def _offers_figure(offers: Sequence[Offer]) -> Figure:
             axes.plot([o.price_usd for o in mine], [o.tok_s for o in mine], color=colour,
                       marker=marker, markersize=10, linestyle="none",
                       label=f"{quant} (perplexity {shown})")  # fmt: skip
-        # points close together share one label, with the types' colours telling them apart
+        # points on top of each other share one label
         named: list[Offer] = []
         for o in sorted(offers, key=lambda o: -o.tok_s):
             if any(_close(o, other) for other in named):
@@ -53,16 +53,12 @@ def _offers_figure(offers: Sequence[Offer]) -> Figure:
         axes.set_xlim(low / 1.3, high * 2.2)
         axes.set_xlabel("dollars for the whole machine")
         axes.set_ylabel("decode, tokens/s")
-        axes.legend(fontsize=FONT - 3, loc="upper left")
+        figure.legend(fontsize=FONT - 3, loc="outside lower center", ncols=3)
         return figure
 
 
 def _close(a: Offer, b: Offer) -> bool:
-    same = a.candidate.device.name == b.candidate.device.name
-    near = abs(a.price_usd / b.price_usd - 1) < 0.02
-    return (same and near and a.candidate.count == b.candidate.count) or (
-        abs(a.price_usd / b.price_usd - 1) < 0.1 and abs(a.tok_s / b.tok_s - 1) < 0.06
-    )
+    return abs(a.price_usd / b.price_usd - 1) < 0.02 and abs(a.tok_s / b.tok_s - 1) < 0.06
 
 
 def _rack_figure(points: Sequence[RackPoint]) -> Figure:

@@ -214,11 +214,11 @@ def cost_picture(plans: Sequence[Plan]) -> Figure:
         axes.margins(0.1)
         axes.set_xlabel("output tokens/s of the machine")
         axes.set_ylabel("dollars per million output tokens")
-        _cost_legend(axes, plans)
+        _cost_legend(figure, plans)
         return figure
 
 
-def _cost_legend(axes: Axes, plans: Sequence[Plan]) -> None:
+def _cost_legend(figure: Figure, plans: Sequence[Plan]) -> None:
     from matplotlib.lines import Line2D
 
     handles: list[Any] = [
@@ -230,7 +230,7 @@ def _cost_legend(axes: Axes, plans: Sequence[Plan]) -> None:
         Line2D([], [], color=GREY, marker="o", markerfacecolor="none", linestyle="none",
                markersize=9, markeredgewidth=2, label="hollow: rented, filled: bought")
     )  # fmt: skip
-    axes.legend(handles=handles, fontsize=FONT - 2, loc="best")
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=FONT - 2)
 
 
 def _cost_note(plans: Sequence[Plan]) -> str:

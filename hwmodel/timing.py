@@ -286,7 +286,8 @@ def _grouped_links(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Pa
     inside = model.layers * ALL_REDUCE_S["nvlink"] * (1 + math.log2(width)) / 2
     inside = inside if width > 1 else 0.0
     # all devices of a machine send their rows at once, each over its own share of the network
-    others = m.parallel // width - 1 if m.link_kind == "network" else m.parallel - 1
+    hosts = -(-m.parallel // max(width, getattr(device, "max_per_host", 1)))
+    others = hosts - 1 if m.link_kind == "network" else m.parallel - 1
     targets = min(model.top_k, max(1, others))
     sent = model.moe_layers * 3.0 * rows / m.parallel * model.hidden_size * targets
     latency = model.moe_layers * 2 * ALL_REDUCE_S.get(m.link_kind, 25e-6)

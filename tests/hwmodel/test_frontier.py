@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from hwmodel.catalogue import load_model
 from hwmodel.cli import main
 from hwmodel.errors import RequestError
 from hwmodel.frontier import buying, pareto, rack
@@ -120,3 +121,14 @@ def test_a_rack_leaves_out_types_that_lose_much_unless_asked() -> None:
 def test_an_impossible_picture_is_refused_before_any_work() -> None:
     found = CliRunner().invoke(main, ["frontier", "--device", "m4max", "--plot", "x.jpg"])
     assert found.exit_code == 2 and "llama-server" not in found.output
+
+
+def test_a_rack_keeps_latents_whole_on_every_card_that_shares_them() -> None:
+    """DeepSeek: attention of each sequence on one card holds more users than over eight."""
+    found = rack("h200", load_model("deepseek-v3.2"), 32768, engine="sglang", quant="fp8", most=8)
+    most = {p.attention_groups: p.serving.batch for p in found.cheapest}
+    assert set(most) == {1, 8}
+    assert most[8] > 3 * most[1]
+    own = next(p for p in found.cheapest if p.attention_groups == 8)
+    assert "--dp-size 8 --enable-dp-attention" in own.command
+    assert "--nnodes" not in own.command
