@@ -82,7 +82,8 @@ def compare_one(
         run = resolve(record, quantity)
     except RefimplError as error:
         return {**row, "reason": str(error)}
-    estimate = predict(run, quantity, fit)
+    # the shipped fit gives way to that of probed devices where the row is of one
+    estimate = predict(run, quantity, None if fit is load_fit() else fit)
     if estimate.value is None:
         return {**row, "reason": estimate.reason}
     return {**row, **_figures(record, quantity, run, estimate, own)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.compare import COMPARED, worst_rows
@@ -28,10 +28,30 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         f"{summary['rows']} figures ({counts}); {summary['judged']} count in the errors below, "
         f"{percent(summary['coverage']) or 'none'} % of them predicted",
     ]
+    parts += _declined(result["rows"])
     if summary["beyond_limit"]:
         parts.append(f"{summary['beyond_limit']} measured beyond the datasheet's limit")
     parts += ["", _errors_table(summary), "", *_worst(result["rows"])]
     return "\n".join(parts)
+
+
+_REASONS = 3  # of declined rows, the most frequent ones
+
+
+def _declined(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why rows have no prediction, the most frequent reasons with an example."""
+    by_reason: dict[str, list[str]] = {}
+    for r in rows:
+        if r["status"] == "declined":
+            by_reason.setdefault(r["reason"], []).append(r["id"])
+    often = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    said = [f"declined: {ids[0]}{_more(ids)}: {reason}" for reason, ids in often[:_REASONS]]
+    rest = sum(len(ids) for _, ids in often[_REASONS:])
+    return said + ([f"declined: {rest} more, see --json"] if rest else [])
+
+
+def _more(ids: Sequence[str]) -> str:
+    return f" and {len(ids) - 1} more" if len(ids) > 1 else ""
 
 
 _HEADER = [
