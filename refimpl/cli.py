@@ -292,7 +292,9 @@ def _states(model: OpenModel, load: str | None, save: str | None) -> Any:
 def _print_speeds(made: Generation, mtp: str) -> None:
     t, m = made.timings, made.mtp
     run = f"{t.prompt_tokens - t.reused_tokens} of " if t.reused_tokens else ""
-    note(f"prompt: {run}{t.prompt_tokens} tokens in {_speed(t.prefill_s, t.prefill_tokens_per_s)}")
+    tokens = "token" if t.prompt_tokens == 1 else "tokens"
+    speed = _speed(t.prefill_s, t.prefill_tokens_per_s)
+    note(f"prompt: {run}{t.prompt_tokens} {tokens} in {speed}")
     if made.ids:
         speed = _speed(t.decode_s, t.decode_tokens_per_s)
         note(

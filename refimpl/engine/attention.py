@@ -83,12 +83,15 @@ def attending(simd: Simd, kv: KvType) -> Any:
     bytes): sum of exp(score - largest) values, largest score, sum of exp(score - largest);
     scratch holds `score_bytes`.
     """
-    passes = _wide if simd.name == "avx512" else _narrow
+    wide = simd.name == "avx512"  # no function: those have another identity in every process
 
     @cfunc(types.void(*[types.int64] * 9), cache=True, error_model="numpy")
     def attend(q, heads, lanes, record, place, low, high, state, scratch):
         simd  # noqa: B018  # part of the cache key
-        passes(kv, q, heads, lanes, record, place, low, high, state, scratch)
+        if wide:
+            _wide(kv, q, heads, lanes, record, place, low, high, state, scratch)
+        else:
+            _narrow(kv, q, heads, lanes, record, place, low, high, state, scratch)
 
     return attend
 

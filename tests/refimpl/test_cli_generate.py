@@ -218,3 +218,12 @@ def test_without_a_tokenizer_ids_still_work(model: str, tmp_path: Path) -> None:
 def test_limited_threads_change_nothing(model: str) -> None:
     args = ("generate", "abc", "--model", model, "--max-new-tokens", "4")
     assert run_json(*args, "--threads", "1")["ids"] == run_json(*args)["ids"]
+
+
+def test_a_second_process_finds_every_kernel_compiled() -> None:
+    command = [sys.executable, "-c", "from refimpl.cli import main; main()"]
+    command += ["generate", "def main():", "--max-new-tokens", "4"]
+    for first in (True, False):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert first or "compiling" not in done.stderr
