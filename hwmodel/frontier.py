@@ -31,6 +31,7 @@ BATCHES = (
     1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048,
 )  # fmt: skip
 T = TypeVar("T")
+MAX_RENT = 1000.0  # dollars for one device and hour
 SAME = 0.01  # differences below one percent are none
 
 
@@ -219,6 +220,8 @@ def rack(
     Raises:
         RequestError: no price is known, or nothing fits.
     """
+    if rent is not None and not 0 <= rent <= MAX_RENT:
+        raise RequestError(f"--rent is {rent:g}, expected 0 to {MAX_RENT:g}")
     if not 1 <= most <= RACK_COUNTS[-1]:
         raise RequestError(f"--most is {most}, expected 1 to {RACK_COUNTS[-1]}")
     request = make_request(device, model, context=context, engine=engine, quant=quant)

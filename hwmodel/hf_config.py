@@ -41,6 +41,13 @@ NO_SLIDING = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "minimax_m2
 # Grouped key/value heads of sliding layers that only the family's code states.
 SLIDING_KV_HEADS = {"mimo_v2_flash": 8}
 MAX_LAYERS = 4096
+MAX_PARAMETERS = 1e14
+# Families that encode texts, pictures or speech, with the fields that give others of them away.
+ENCODERS = (
+    "albert", "bart", "bert", "camembert", "clip", "convbert", "deberta", "deberta-v2",
+    "distilbert", "electra", "ernie", "longformer", "modernbert", "mpnet", "nomic_bert", "roberta",
+    "siglip", "t5", "umt5", "mt5", "vit", "wav2vec2", "whisper", "xlm-roberta",
+)  # fmt: skip
 
 
 def read_model(path: Path) -> ModelShape:
@@ -63,7 +70,13 @@ def read_model(path: Path) -> ModelShape:
     if data.get("model_type") in MODEL_TYPES:
         return shape_of_config(from_hf(data), path.stem if path.is_file() else path.name)
     name = path.name if path.is_dir() else path.parent.name or path.stem
-    return shape_of_facts(facts_of(data, name or "model", str(file)))
+    shape = shape_of_facts(facts_of(data, name or "model", str(file)))
+    if shape.parameters > MAX_PARAMETERS:
+        raise RequestError(
+            f"config.json of {name}: its sizes make {shape.parameters:.2g} parameters, expected "
+            f"{MAX_PARAMETERS:.0e} at most"
+        )
+    return shape
 
 
 def facts_of(data: Fields, name: str, source: str = "config.json") -> dict[str, Any]:
@@ -74,6 +87,8 @@ def facts_of(data: Fields, name: str, source: str = "config.json") -> dict[str, 
     """
     nested = data.get("text_config")
     f = _Reader({**data, **nested} if isinstance(nested, Mapping) else data, name)
+    if f.family in ENCODERS or f.get("is_encoder_decoder") is True or f.has("type_vocab_size"):
+        raise f.refused(f"model_type {f.family!r:.40} is an encoder, expected a decoder")
     layers = f.size("num_hidden_layers", high=MAX_LAYERS)
     compressed = f.family == "deepseek_v4"
     kinds = [] if compressed else _layer_kinds(f, layers)

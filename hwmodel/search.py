@@ -228,9 +228,9 @@ def _stream(request: PlanRequest, plain: Candidate, place: Placement) -> Candida
         return None
     routed = role_bytes(request.model, plain.run.quant).get("routed", 0.0)
     missing = -plain.memory.raised_margin_bytes
-    share = math.ceil(1000 * missing / routed) / 1000
-    if share > 1:
+    if missing > routed:  # a dense model among them: what every token reads stays in memory
         return None
+    share = math.ceil(1000 * missing / routed) / 1000
     place = dataclasses.replace(
         place, ssd_share=share, ssd_bytes_per_s=plain.device.disk_bytes_per_s
     )

@@ -91,6 +91,11 @@ def test_tokens_per_dollar_are_the_arithmetic_of_an_hour() -> None:
     assert point.tokens_per_usd == pytest.approx(hour / (2.0 * point.candidate.count))
 
 
+def test_a_rent_below_nothing_is_refused_as_it_was_given() -> None:
+    with pytest.raises(RequestError, match="--rent is -1, expected 0 to 1000"):
+        rack("h100", STEP, 8192, quant="fp8", most=8, rent=-1)
+
+
 def test_a_rack_without_a_price_asks_for_one() -> None:
     with pytest.raises(RequestError, match="--rent USD adds it"):
         rack("h20", STEP, 8192)

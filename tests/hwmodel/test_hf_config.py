@@ -125,6 +125,8 @@ def test_drafts_read_a_share_of_the_experts_and_the_heads_of_the_trunk() -> None
         ({"layer_types": ["full_attention"]}, "layer_types is no list of 32 entries"),
         ({"sliding_window": 512}, "no layer_types says for which layers"),
         ({"hybrid_override_pattern": "M-M*"}, "hybrid_override_pattern mixes in layers"),
+        ({"model_type": "bert"}, "model_type 'bert' is an encoder, expected a decoder"),
+        ({"is_encoder_decoder": True}, "is an encoder, expected a decoder"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(change: dict[str, Any], says: str) -> None:
@@ -144,6 +146,21 @@ def test_names_files_and_folders_are_found(tmp_path: Path) -> None:
         find_model("kimi-k22")
     with pytest.raises(RequestError, match="no such model or file"):
         find_model(str(tmp_path / "none.json"))
+
+
+def test_sizes_that_no_model_has_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    huge = {"intermediate_size": 1 << 32, "vocab_size": 1 << 32, "num_hidden_layers": 4096}
+    file.write_text(json.dumps({**MODELS["llama"]["config"], **huge}))
+    with pytest.raises(RequestError, match=r"make 2\.2e\+17 parameters, expected 1e\+14 at most"):
+        find_model(str(file))
+
+
+def test_a_dense_model_that_is_too_large_is_said_not_to_fit() -> None:
+    words = ["plan", "--device", "m4max", "--count", "1", "--model", "llama-3.1-405b"]
+    run = CliRunner().invoke(main, [*words, "--quant", "Q8_0"])
+    assert run.exit_code == 1, run.output
+    assert "no" in run.output
 
 
 def test_plan_for_another_model_names_it_and_leaves_out_what_is_steps_own() -> None:
