@@ -29,7 +29,8 @@ _CAPTIONS = {
     "depth": "Decoding against context depth; refimpl's depths are filled with random keys and "
     "values, llama.cpp's by a prefill.",
     "threads": "Decoding against threads.",
-    "drafts": "The draft-and-verify loop over the same loop without drafts.",
+    "drafts": "The draft-and-verify loop over the same loop without drafts; the generations "
+    "of all depths take turns in one process.",
     "micro-batch": "Prefill against the number of rows that run through the model at once.",
 }
 _VARIANT_CASES = ("variants-decode", "variants-prefill")

@@ -36,11 +36,13 @@ class Entry:
     Attributes:
         label: unique in its case; those of llama.cpp begin with 'llama.cpp'.
         variant: of llama.cpp, or '' for refimpl.
+        turns: see `bench.interleave.Arm`.
     """
 
     label: str
     test: RunnerTest
     variant: str = ""
+    turns: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def cases(threads: int) -> tuple[Case, ...]:
         what = "prefill of 512 tokens"
         out.append(_against_llama(f"prefill-{kind}", kind, replace(base, n_prompt=512), what))
     out += [_verify(kind, threads) for kind in (*TYPES, EMBEDDED)]
-    out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 3) for kind in MTP_TYPES]
-    out.append(_drafts(EMBEDDED, threads, (), 64, 2))
+    out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 5) for kind in MTP_TYPES]
+    out.append(_drafts(EMBEDDED, threads, (), 64, 3))
     mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=512)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))
     out += [*(_depth(kv, threads) for kv in KV_TYPES), _depth_llama(threads)]
@@ -117,7 +119,7 @@ def _drafts(
 ) -> Case:
     base = RunnerTest(_path(model), n_gen=tokens, threads=threads, repetitions=repetitions,
                       acceptance=acceptance)  # fmt: skip
-    entries = tuple(Entry(f"mtp {m}", replace(base, mtp=m)) for m in DRAFTS)
+    entries = tuple(Entry(f"mtp {m}", replace(base, mtp=m), turns="drafts") for m in DRAFTS)
     rates = "simulated" if acceptance else "real"
     return Case(f"drafts-{model}", model, f"drafts, {rates} acceptance", entries)
 
@@ -196,7 +198,7 @@ def arms(case: Case, folder: Path, llama: dict[str, Runner]) -> list[Arm]:
         model = entry.test.model if case.model == EMBEDDED else folder / entry.test.model
         test = replace(entry.test, model=model)
         if not entry.variant:
-            out.append(Arm(entry.label, RefimplRunner(), test))
+            out.append(Arm(entry.label, RefimplRunner(), test, entry.turns))
             continue
         labels = {entry.variant: entry.label}
         if entry.variant == "default":

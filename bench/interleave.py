@@ -12,6 +12,7 @@ the middle of a round, the other arms still count.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -37,11 +38,16 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Arm:
-    """One competitor of a case: who runs which test, under a name unique in the case."""
+    """One competitor of a case: who runs which test, under a name unique in the case.
+
+    Arms beside each other with the same `turns` are measured at once, by a runner that lets them
+    take turns in one process (`measure_together`), without a probe between them.
+    """
 
     label: str
     runner: Runner
     test: RunnerTest
+    turns: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,13 +143,14 @@ def run_rounds(
         done: dict[str, Measurement] = {}
         failed: dict[str, str] = {}
         after: dict[str, tuple[float, ...]] = {}
-        for arm in arms:
+        for group in _groups(arms):
             try:
-                done[arm.label] = arm.runner.measure(arm.test)
-                after[arm.label] = tuple(probe())
+                done.update(_measured(group))
+                after[group[-1].label] = tuple(probe())
             except RunnerError as error:
-                failed[arm.label] = str(error)
-                note(f"{case}: {arm.label} failed: {error}")
+                for arm in group:
+                    failed[arm.label] = str(error)
+                    note(f"{case}: {arm.label} failed: {error}")
         if not done:
             raise RunnerError(f"{case}: nothing could be measured: {next(iter(failed.values()))}")
         last = after.pop([*done][-1])
@@ -151,6 +158,22 @@ def run_rounds(
         keep(made)
         note(f"{case} {number + 1}/{rounds}: {_line(made)}")
     return rounds
+
+
+def _groups(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Arms that are measured at once."""
+    keys = [(arm.turns or number, number) for number, arm in enumerate(arms)]
+    grouped = itertools.groupby(keys, lambda key: key[0])
+    return [[arms[number] for _, number in group] for _, group in grouped]
+
+
+def _measured(group: Sequence[Arm]) -> dict[str, Measurement]:
+    first = group[0]
+    if len(group) == 1:
+        return {first.label: first.runner.measure(first.test)}
+    together: Any = first.runner
+    found = together.measure_together([arm.test for arm in group])
+    return {arm.label: m for arm, m in zip(group, found, strict=True)}
 
 
 def _line(made: Round) -> str:
@@ -256,7 +279,15 @@ def usable(
 def ratio(rounds: Iterable[Round], label: str, to: str) -> Ratio | None:
     """Speed of one arm over that of another in the same rounds, or None without any."""
     pairs = [(r.arms[label], r.arms[to]) for r in rounds if label in r.arms and to in r.arms]
-    return ratio_of([a.median_ts / b.median_ts for a, b in pairs])
+    return ratio_of([_over(a, b) for a, b in pairs])
+
+
+def _over(a: Measurement, b: Measurement) -> float:
+    """Ratio of two speeds: of medians, or, where both took turns, the median of ratios."""
+    turns = a.record.get("turns") or []
+    if len(turns) < 2 or turns != b.record.get("turns"):
+        return a.median_ts / b.median_ts
+    return median(x / y for x, y in zip(a.samples_ts, b.samples_ts, strict=True))
 
 
 def ratio_of(values: Sequence[float]) -> Ratio | None:

@@ -57,7 +57,8 @@ def bench(model: str, output: str, as_json: bool, **given: Any) -> None:
 
     Random tokens; a depth is reached before the clock starts; mean and standard deviation over
     the repetitions. json, jsonl and csv hold every sample and use llama-bench's field names.
-    With --mtp the loop of 'refimpl generate' is timed, with sampling, drafting and rollbacks.
+    With --mtp the loop of 'refimpl generate' is timed, with sampling, drafting and rollbacks;
+    of several numbers of drafts the generations take turns.
 
     \b
     Examples:
@@ -77,10 +78,10 @@ def bench(model: str, output: str, as_json: bool, **given: Any) -> None:
         if head := printer.head():
             click.echo(head)
         records = []
-        for test in tests:
-            records.append(record(opened, opened.run(test)))
+        for result in opened.run_all(tests):
+            records.append(record(opened, result))
             last = output == "json" or as_json
-            click.echo(printer.item(records[-1]), nl=not last or test is tests[-1])
+            click.echo(printer.item(records[-1]), nl=not last or len(records) == len(tests))
         if tail := printer.tail(records):
             click.echo(tail)
 

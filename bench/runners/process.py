@@ -15,7 +15,15 @@ TIMEOUT_S = 1800.0
 def run_json(
     command: Sequence[str], engine: str, env: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The one record that a program printed as a JSON list.
+    """The one record that a program printed as a JSON list; see `run_records`."""
+    (record,) = run_records(command, engine, 1, env)
+    return record
+
+
+def run_records(
+    command: Sequence[str], engine: str, count: int, env: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The `count` records that a program printed as a JSON list.
 
     Raises:
         RunnerError: it could not be started, failed, took too long, or printed something else.
@@ -33,13 +41,13 @@ def run_json(
     if done.returncode:
         raise RunnerError(f"{engine} ended with {done.returncode}: {first_lines(done.stderr)}")
     try:
-        records = json.loads(done.stdout)
-        (record,) = records
-        return dict(record)
+        records = [dict(record) for record in json.loads(done.stdout)]
     except (ValueError, TypeError):
-        raise RunnerError(
-            f"{engine} printed no JSON list with one record: {done.stdout[:80]!r}"
-        ) from None
+        records = []
+    if len(records) != count:
+        wanted = "one record" if count == 1 else f"{count} records"
+        raise RunnerError(f"{engine} printed no JSON list with {wanted}: {done.stdout[:80]!r}")
+    return records
 
 
 def measurement(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from bench.runners.base import Measurement, RunnerTest
-from bench.runners.process import measurement, run_json
+from bench.runners.base import Measurement, RunnerError, RunnerTest
+from bench.runners.process import measurement, run_records
 
 _START = "from refimpl.cli import main; main()"
 
@@ -44,12 +45,24 @@ class RefimplRunner:
 
     def measure(self, test: RunnerTest) -> Measurement:
         """See `bench.runners.base.Runner`."""
+        return self.measure_together([test])[0]
+
+    def measure_together(self, tests: Sequence[RunnerTest]) -> list[Measurement]:
+        """Tests that differ in the number of drafts only, in one process, where their generations
+        take turns.
+
+        Raises:
+            RunnerError: the engine cannot run them, or failed; or they differ in more.
+        """
+        test = replace(tests[0], mtp=",".join(t.mtp for t in tests))
+        if len(tests) > 1 and any(replace(t, mtp=test.mtp) != test or not t.mtp for t in tests):
+            raise RunnerError(f"{self.name}: only tests that differ in their drafts can take turns")
         flags = [*self.flags, *_options(test)]
         command = [sys.executable, "-c", _START, "bench", "-m", str(test.model), *flags, "--json"]
         env = {**os.environ, "REFIMPL_SIMD": self._simd} if self._simd else None
-        record = run_json(command, self.name, env)
-        build = f"{record.get('build_commit', '')} kernels {record.get('kernels', '')}"
-        return measurement(record, "refimpl", build, flags)
+        found = run_records(command, self.name, len(tests), env)
+        build = f"{found[0].get('build_commit', '')} kernels {found[0].get('kernels', '')}"
+        return [measurement(record, "refimpl", build, flags) for record in found]
 
 
 def _options(test: RunnerTest) -> list[str]:

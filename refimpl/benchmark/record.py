@@ -52,6 +52,7 @@ def record(bench: Bench, result: BenchResult) -> dict[str, Any]:
         "weight_bytes_per_step": result.weight_bytes_per_step,
         "kv_bytes_per_step": result.kv_bytes_per_step,
         "resident": result.resident,
+        "turns": list(result.turns),
     }
 
 

@@ -7,9 +7,10 @@ repetitions; every repetition starts from the same cache. Tokens are random, as 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class BenchResult:
         kv_bytes_per_step: keys and values that any row of a decoding step can see.
         started: seconds since the epoch when the timed part began.
         resident: see `refimpl.benchmark.resident`; after the test.
+        turns: labels of the tests that took turns with this one, its own included.
     """
 
     test: BenchTest
@@ -60,6 +62,7 @@ class BenchResult:
     weight_bytes_per_step: float | None = None
     kv_bytes_per_step: float | None = None
     resident: dict[str, int] | None = None
+    turns: tuple[str, ...] = ()
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
@@ -85,7 +88,7 @@ class Bench:
             InputError: it does not fit the model, its context or the machine's memory.
         """
         if test.mtp:
-            return self._loop(test)
+            return self._loops([test])[0]
         cache, restore = self._at_depth(test)
         work = self._prompt if test.n_prompt else self._steps
         work(test, cache, True)
@@ -104,6 +107,19 @@ class Bench:
             kv_bytes_per_step=self._kv_bytes(test) if counted else None,
             resident=self._resident(cache),
         )  # fmt: skip
+
+    def run_all(self, tests: Sequence[BenchTest]) -> Iterator[BenchResult]:
+        """Run tests in order; those of the draft-and-verify loop that follow one another take
+        turns and are given together.
+
+        Raises:
+            InputError: as `run`.
+        """
+        for of_loop, group in itertools.groupby(tests, lambda t: bool(t.mtp)):
+            if of_loop:
+                yield from self._loops(list(group))
+            else:
+                yield from map(self.run, group)
 
     def _weight_bytes(self) -> int:
         return 0 if self._counter is None else self._counter.now().weight_bytes
@@ -156,38 +172,26 @@ class Bench:
         for at in range(0, len(ids), CHUNK):
             self.backend.prefill(ids[at : at + CHUNK], cache)
 
-    def _loop(self, test: BenchTest) -> BenchResult:
-        """The draft-and-verify loop as `refimpl generate` runs it; only its steps are timed."""
-        from refimpl.decoding.generate import generate
-        from refimpl.decoding.generation import GenerateOptions
+    def _loops(self, tests: Sequence[BenchTest]) -> list[BenchResult]:
+        """The draft-and-verify loop as `refimpl generate` runs it; only its steps are timed.
 
-        s = self.settings
-        backend: Backend = self.backend
-        if s.acceptance:
-            backend = SimulatedAcceptance(self.backend, s.acceptance, s.seed)
-        mtp: Any = "auto" if test.mtp == "auto" else int(test.mtp)
-        options = GenerateOptions(max_new_tokens=test.n_gen + 1, mtp=mtp, stop_tokens=())
-        prompts = self._prompts(test)
-        warm = GenerateOptions(max_new_tokens=4 * _WARM_STEPS, mtp=mtp, stop_tokens=())
-        generate(backend, prompts[0], warm)
-        started = time.time()
-        samples, tokens, counts = [], [], np.zeros(3, dtype=int)
-        for _ in range(s.repetitions):
-            seconds, made = 0.0, 0
-            for ids in prompts:
-                run = generate(backend, ids, options)
-                if run.finish_reason == "interrupted":
-                    raise KeyboardInterrupt
-                seconds += run.timings.decode_s
-                made += run.timings.decoded_tokens
-                counts += (run.mtp.steps, run.mtp.drafted, run.mtp.accepted)
-            samples.append(round(1e9 * seconds))
-            tokens.append(made)
-        steps, drafted, accepted = (int(n) for n in counts)
-        return BenchResult(
-            test, tuple(samples), tuple(tokens), started, steps, drafted, accepted,
-            resident=self._resident(None),
-        )  # fmt: skip
+        The tests take turns, generation by generation and in alternating order, so that what
+        comes over the machine meanwhile comes over all of them.
+        """
+        loops = [_Loop(self.backend, test, self.settings) for test in tests]
+        prompts = {test.n_depth: self._prompts(test) for test in tests}
+        for loop in loops:
+            loop.warm_up(prompts[loop.test.n_depth][0])
+        started, turn = time.time(), 0
+        for _ in range(self.settings.repetitions):
+            for loop in loops:
+                loop.begin()
+            for number in range(max(map(len, prompts.values()))):
+                turn += 1
+                for loop in loops if turn % 2 else loops[::-1]:
+                    loop.run(prompts[loop.test.n_depth][number])
+        resident = self._resident(None)
+        return [loop.result(started, resident, tests) for loop in loops]
 
     def _prompts(self, test: BenchTest) -> list[list[int]]:
         texts = self.settings.prompts
@@ -207,6 +211,54 @@ class Bench:
             return None
         caches = [] if cache is None else cache.blocks()
         return resident(self.path, caches, self.backend.working_memory())
+
+
+class _Loop:
+    """One test of the draft-and-verify loop, generation by generation."""
+
+    def __init__(self, backend: Backend, test: BenchTest, settings: Settings) -> None:
+        from refimpl.decoding.generation import GenerateOptions
+
+        self.test = test
+        mtp: Any = "auto" if test.mtp == "auto" else int(test.mtp)
+        self._options = GenerateOptions(max_new_tokens=test.n_gen + 1, mtp=mtp, stop_tokens=())
+        self._backend = backend
+        if settings.acceptance:
+            self._backend = SimulatedAcceptance(backend, settings.acceptance, settings.seed)
+        self._seconds: list[float] = []
+        self._tokens: list[int] = []
+        self._counts = np.zeros(3, dtype=int)  # steps, drafted, accepted
+
+    def warm_up(self, prompt: list[int]) -> None:
+        from refimpl.decoding.generate import generate
+
+        generate(self._backend, prompt, replace(self._options, max_new_tokens=4 * _WARM_STEPS))
+
+    def begin(self) -> None:
+        """Begin the next repetition."""
+        self._seconds.append(0.0)
+        self._tokens.append(0)
+
+    def run(self, prompt: list[int]) -> None:
+        """One generation."""
+        from refimpl.decoding.generate import generate
+
+        run = generate(self._backend, prompt, self._options)
+        if run.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+        self._seconds[-1] += run.timings.decode_s
+        self._tokens[-1] += run.timings.decoded_tokens
+        self._counts += (run.mtp.steps, run.mtp.drafted, run.mtp.accepted)
+
+    def result(
+        self, started: float, resident: dict[str, int] | None, tests: Sequence[BenchTest]
+    ) -> BenchResult:
+        steps, drafted, accepted = (int(n) for n in self._counts)
+        samples = tuple(round(1e9 * s) for s in self._seconds)
+        return BenchResult(
+            self.test, samples, tuple(self._tokens), started, steps, drafted, accepted,
+            resident=resident, turns=tuple(t.label for t in tests),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -63,6 +63,37 @@ def test_arms_take_turns_each_between_two_probes() -> None:
     assert [[m.median_ts for m in r.arms.values()] for r in kept] == [[1, 3], [2, 4]]
 
 
+class Together:
+    """A runner whose tests take turns: the n-th of them has the n-th row of speeds."""
+
+    name, version, flags = "together", "1", ()
+
+    def __init__(self, *speeds: tuple[float, ...]) -> None:
+        self._speeds = speeds
+
+    def measure_together(self, tests: list[RunnerTest]) -> list[Measurement]:
+        turns = {"turns": [t.mtp for t in tests]}
+        return [Measurement("e", "1", "", v, tuple(1 for _ in v), turns) for v in self._speeds]
+
+
+def test_arms_that_take_turns_are_measured_at_once_and_compared_sample_by_sample() -> None:
+    """The machine becomes twice as fast after the first sample; the ratio does not see it."""
+    both = Together((1.0, 2.0, 2.2), (1.1, 2.2, 2.42))
+    probes: list[float] = []
+
+    def probe() -> tuple[float, ...]:
+        probes.append(1e9)
+        return (1e9,)
+
+    kept: list[Round] = []
+    members = [Arm(m, both, replace(TEST, mtp=m), "drafts") for m in ("0", "auto")]
+    run_rounds("c", [*members, *arms([], other=[5])], 1, probe, "host", kept.append)
+    assert list(kept[0].arms) == ["0", "auto", "other"] and len(probes) == 3
+    found = ratio(kept, "auto", "0")
+    assert found is not None and found.value == pytest.approx(1.1)
+    assert kept[0].is_quiet(1e9, "0", "auto")
+
+
 def test_ctrl_c_keeps_the_rounds_that_were_finished(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     broken: list[float | Exception] = [1, KeyboardInterrupt()]  # type: ignore[list-item]

@@ -113,6 +113,14 @@ def test_simulated_acceptance_gives_the_rates_asked_for() -> None:
     assert accepted / steps == pytest.approx(0.9 + 0.45 + 0.09, rel=0.03)
 
 
+def test_numbers_of_drafts_take_turns() -> None:
+    found = records("-p", "0", "-n", "8", "-r", "2", "--mtp", "0,1,auto",
+                    "--simulate-acceptance", ".9")  # fmt: skip
+    labels = ["tg8 mtp 0", "tg8 mtp 1", "tg8 mtp auto"]
+    assert [r["test"] for r in found] == labels
+    assert all(r["turns"] == labels and r["samples_tokens"] == [8, 8] for r in found)
+
+
 def test_drafts_on_real_text_are_accepted_or_not(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("    def __init__(self, name):\n        self.name = name\n\n    def get(")
