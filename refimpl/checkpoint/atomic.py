@@ -81,6 +81,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.rmdir()
         os.replace(part, path)
         sync_folder(path.parent)
+    except InputError as error:  # of a file in it, which will not be where the message says
+        if str(part) not in str(error):
+            raise
+        raise InputError(str(error).replace(str(part), str(path))) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:

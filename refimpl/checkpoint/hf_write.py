@@ -25,6 +25,7 @@ from refimpl.checkpoint.block_fp8 import (
     scale_shape,
 )
 from refimpl.checkpoint.block_types import BlockType, block_type, encode
+from refimpl.checkpoint.partial import require_space
 from refimpl.config import ModelConfig
 from refimpl.config_io import to_hf
 from refimpl.errors import CheckpointError, InputError
@@ -78,6 +79,7 @@ def write_hf(
     names = _shard_names(len(shards))
     done = 0
     with atomic_folder(out_dir) as part:
+        require_space(part, total)
         for name, shard in zip(names, shards, strict=True):
             done = _write_shard(part / name, shard, chunks, form, done, total, progress)
         if len(shards) > 1:

@@ -115,7 +115,7 @@ def resumable_file(
 
 
 def require_space(out: Path, needed_bytes: int) -> None:
-    """Refuse a file that the disk has no room for, before anything is written.
+    """Refuse a file or folder that the disk has no room for, before anything is written.
 
     Raises:
         InputError: less is free than the file needs beyond what its partial file holds.
@@ -128,9 +128,13 @@ def require_space(out: Path, needed_bytes: int) -> None:
         return  # writing will tell
     if needed_bytes - held > free:
         raise InputError(
-            f"{out}: needs {needed_bytes / 1e9:.2f} GB, {(free + held) / 1e9:.2f} GB are free in "
+            f"{out}: needs {_size(needed_bytes)}, {_size(free + held)} are free in "
             f"{out.parent}; make room or write elsewhere"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _begin(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.atomic import atomic_file, atomic_folder
 from refimpl.checkpoint.convert import convert
 from refimpl.errors import InputError
 
@@ -48,3 +48,14 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_messages_name_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=rf"^{tmp_path}/new/sub: is a folder") as error,
+        atomic_folder(tmp_path / "new") as part,
+    ):
+        (part / "sub").mkdir()
+        with atomic_file(part / "sub"):
+            pytest.fail("nothing may be written")
+    assert ".part" not in str(error.value) and os.listdir(tmp_path) == []

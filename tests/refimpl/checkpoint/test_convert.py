@@ -233,10 +233,12 @@ def test_a_disk_with_no_room_for_the_journal_keeps_what_is_complete(made, tmp_pa
 
 
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(made, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
+    source, usage = made("tiny_a", "hf-f32"), shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(InputError, match=r"m.gguf: needs 0.00 GB, 0.00 GB are free in"):
-        convert(made("tiny_a", "hf-f32"), tmp_path / "m.gguf", "q8_0")
+    with pytest.raises(InputError, match=r"m.gguf: needs 1.45 MB, 0.10 MB are free in"):
+        convert(source, tmp_path / "m.gguf", "q8_0")
+    with pytest.raises(InputError, match=r"/folder: needs 2.6\d MB, 0.10 MB are free in"):
+        convert(source, tmp_path / "folder", "bf16")
     assert names(tmp_path) == []
 
 
