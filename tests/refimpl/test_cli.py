@@ -191,7 +191,8 @@ def test_an_output_that_cannot_be_written_is_told(words: str, tmp_path: Path) ->
 def test_remarks_that_nobody_can_read_do_not_stop_the_work(
     redirection: str, folder: Path, tmp_path: Path
 ) -> None:
-    done = in_shell(f"convert {folder}/model out.gguf --type f32", redirection, tmp_path)  # has a remark
+    words = f"convert {folder}/model out.gguf --type f32"  # says what it wrote
+    done = in_shell(words, redirection, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     read = in_shell("inspect out.gguf --json", redirection, tmp_path)
     assert json.loads(read.stdout)["format"] == "GGUF"
