@@ -73,7 +73,8 @@ def run(
       bench compare --runs my-machine.csv
     """
     from bench.importers.table import Stated
-    from bench.run import Files, Job, api_key, cases, measure, write_rows
+    from bench.run import Files, Job, api_key, cases, measure
+    from bench.run_rows import write_rows
     from bench.runners.base import Runner
     from bench.runners.endpoint import EndpointRunner
     from bench.runners.stream import Client
@@ -99,7 +100,7 @@ def run(
         measure(todo, rounds, files, count, note)
     finally:
         if files.rounds.exists():
-            rows = write_rows(files, stated)
+            rows = write_rows(files, stated, path)
             note(f"wrote {files.out} ({len(rows)} rows) and {files.rounds}")
     if as_json:
         print_json([r.row() for r in rows])

@@ -12,7 +12,8 @@ from bench.cli import main
 from bench.compare import compare
 from bench.importers.table import Stated
 from bench.interleave import Arm, Round, append_round
-from bench.run import Files, Job, cases, file_runner, measure, rows_of
+from bench.run import Files, Job, cases, file_runner, measure
+from bench.run_rows import rows_of, write_rows
 from bench.runners.base import Measurement, RunnerError, RunnerTest
 from bench.runners.refimpl import RefimplRunner
 from bench.runs import read_runs
@@ -118,6 +119,18 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(files: Files) -> None:
     assert any("b failed: no" in n for n in notes)
     with pytest.raises(RunnerError, match="nothing could be measured"):
         measure([("bad", [arm("a", "x")])], 2, files, 1, notes.append)
+
+
+def test_rows_of_a_file_say_what_a_token_uses(files: Files) -> None:
+    """Engines print all parameters; of experts a token uses some, which the prediction needs."""
+    record = {**RECORD, "model_filename": "step-mini-q4_0.gguf"}
+    other = {**record, "model_filename": "another.gguf"}
+    arms = {"a": measured(1.0, record=record), "b": measured(1.0, record=other)}
+    append_round(files.rounds, a_round(**arms))
+    mini, unknown = write_rows(files, Stated(), Path("mini"))
+    assert mini.active_params_b is not None and 0.001 < mini.active_params_b < 0.02
+    assert unknown.active_params_b is None
+    assert [r.active_params_b for r in write_rows(files, Stated(), Path("none.gguf"))] == [None] * 2
 
 
 def test_a_row_holds_the_median_of_quiet_rounds_and_what_it_depends_on() -> None:
