@@ -125,8 +125,8 @@ def test_rows_of_a_file_say_what_a_token_uses(files: Files) -> None:
     """Engines print all parameters; of experts a token uses some, which the prediction needs."""
     record = {**RECORD, "model_filename": "step-mini-q4_0.gguf"}
     other = {**record, "model_filename": "another.gguf"}
-    arms = {"a": measured(1.0, record=record), "b": measured(1.0, record=other)}
-    append_round(files.rounds, a_round(**arms))
+    made = a_round(a=measured(1.0, record=record), b=measured(1.0, record=other))
+    append_round(files.rounds, made)
     mini, unknown = write_rows(files, Stated(), Path("mini"))
     assert mini.active_params_b is not None and 0.001 < mini.active_params_b < 0.02
     assert unknown.active_params_b is None
