@@ -95,6 +95,13 @@ class Candidate:
         return f"the largest share needs {need / 1e9:.1f} GB of {have / 1e9:.1f} GB on one device"
 
     @property
+    def devices_usd(self) -> float | None:
+        """Price of the devices, None if unknown; a server or a desktop around cards is not in it
+        (`cost.terms_of` adds it)."""
+        each = self.device.price_usd
+        return None if each is None else each * self.count
+
+    @property
     def is_offloaded(self) -> bool:
         """Some experts are outside the devices' memory."""
         place = self.run.placement

@@ -91,7 +91,7 @@ def _machine(context: str | int, given: dict[str, Any]) -> tuple[Any, int, int]:
 
 
 @click.command()
-@click.argument("profile", required=False, metavar="NAME|FILE.toml")
+@click.argument("profile", required=False, metavar="[NAME|FILE.toml]")
 @_options(_MACHINE[1:])
 @click.option(
     "--device", "devices", multiple=True, metavar="NAME|FILE",
@@ -106,15 +106,23 @@ def workload(profile: str | None, devices: tuple[str, ...], as_json: bool, **giv
     Examples:
       hwmodel workload
       hwmodel workload coding-agent --device m4max --device dgx-spark --device h100
+
+    A job of your own is a TOML file with [[turns]], each with input_tokens and answer_tokens, and
+    optionally reasoning_tokens, wait_s (tools), repeat and restart = true (a new conversation).
+    On top: name, title, about, keep_reasoning, prefix_reuse. The shipped ones in
+    hwmodel/workloads are examples.
     """
     from hwmodel.cli_support import print_json
     from hwmodel.cost import terms_of
     from hwmodel.errors import RequestError
-    from hwmodel.jobs_view import job_json, jobs_text, profiles_text
+    from hwmodel.jobs_view import job_json, jobs_text, profiles_json, profiles_text
     from hwmodel.workload import load_profile, run_job, steps_of
 
     if profile is None:
-        click.echo(profiles_text())
+        if as_json:
+            print_json(profiles_json())
+        else:
+            click.echo(profiles_text())
         return
     if not devices:
         raise RequestError("--device is missing; name at least one machine")

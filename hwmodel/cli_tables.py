@@ -56,7 +56,7 @@ def compare(devices: tuple[str, ...], model: str, as_json: bool, **given: Any) -
     ]
     full, prompt = found[0]["full_depth"], found[0]["prompt_tokens"]
     header = ["device", "fits", "quant", "engine", "max context", "tok/s short"]
-    header += [f"tok/s at {full:,}", f"s to first of {prompt:,}", "USD", "status"]
+    header += [f"tok/s at {full:,}", f"s to first of {prompt:,}", "devices $", "status"]
     click.echo(table(header, rows))
 
 

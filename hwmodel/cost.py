@@ -8,14 +8,13 @@ memory and draws less). A token's cost is the cost of an hour over the tokens of
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from hwmodel.candidate import Candidate
 from hwmodel.devices import Device, load_device, read_sources, read_toml
-from hwmodel.errors import RequestError
+from hwmodel.errors import RequestError, check_range
 from hwmodel.predict import predict
 from hwmodel.quantity import Quantity, read_quantity
 from hwmodel.run import Estimate
@@ -125,8 +124,7 @@ def terms_of(
         ("--kwh", kwh, 0, 100), ("--years", years, 0.01, 100), ("--days", days, 1, 366),
         ("--hours", hours, 0.01, 24),
     ):  # fmt: skip
-        if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise RequestError(f"{option} is {value:g}, expected {low:g} to {high:g}")
+        check_range(option, value, low, high)
     device, count = candidate.device, candidate.count
     each = device.rent_usd_per_h
     return Terms(

@@ -8,6 +8,8 @@ RefimplError
     └── RunFileError       a file of measured runs that cannot be read at all
 """
 
+import math
+
 from refimpl.errors import RefimplError
 
 
@@ -42,3 +44,16 @@ class RequestError(HwmodelError):
 
 class RunFileError(HwmodelError):
     """A file of measured runs cannot be read at all."""
+
+
+def check_range(option: str, value: float | None, low: float, high: float, unit: str = "") -> None:
+    """Refuse an option's number outside its range; None (not given) passes.
+
+    Raises:
+        RequestError: the number is not finite, or outside.
+    """
+    if value is None or (math.isfinite(value) and low <= value <= high):
+        return
+    raise RequestError(
+        f"{option} is {value:g}, expected {low:g} to {high:g}{f' {unit}' if unit else ''}"
+    )

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hwmodel.candidate import GOOD_TIER, Candidate, quality_of, tier_of
 from hwmodel.cost import Terms, terms_of
-from hwmodel.errors import RequestError
+from hwmodel.errors import RequestError, check_range
 from hwmodel.model import ModelShape
 from hwmodel.placement import kv_heads
 from hwmodel.plan import command_of
@@ -220,10 +220,8 @@ def rack(
     Raises:
         RequestError: no price is known, or nothing fits.
     """
-    if rent is not None and not 0 <= rent <= MAX_RENT:
-        raise RequestError(f"--rent is {rent:g}, expected 0 to {MAX_RENT:g}")
-    if not 1 <= most <= RACK_COUNTS[-1]:
-        raise RequestError(f"--most is {most}, expected 1 to {RACK_COUNTS[-1]}")
+    check_range("--rent", rent, 0, MAX_RENT)
+    check_range("--most", most, 1, RACK_COUNTS[-1])
     request = make_request(device, model, context=context, engine=engine, quant=quant)
     points: list[RackPoint] = []
     refused: list[tuple[int, str]] = []

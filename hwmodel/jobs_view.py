@@ -123,11 +123,14 @@ def cost_json(s: CostSheet) -> dict[str, Any]:
 
 def profiles_text() -> str:
     """The shipped profiles."""
-    rows = []
-    for name in profile_names():
-        p = load_profile(name)
-        rows.append([name, str(len(p.turns)), p.title])
+    rows = [[p["workload"], str(p["turns"]), p["title"]] for p in profiles_json()]
     return table(["workload", "turns", ""], rows)
+
+
+def profiles_json() -> list[dict[str, Any]]:
+    """The shipped profiles as plain values."""
+    found = [load_profile(name) for name in profile_names()]
+    return [{"workload": p.name, "turns": len(p.turns), "title": p.title} for p in found]
 
 
 def jobs_text(jobs: Sequence[tuple[Job, Terms]]) -> str:

@@ -187,7 +187,7 @@ def _problem(request: PlanRequest) -> str:
     if not held:
         return _no_room(request, counts)
     if not any(affordable(request, c.count) for c in held):
-        least = min(c.count for c in held) * (device.price_usd or 0.0)
+        least = min(c.devices_usd or 0.0 for c in held)
         return f"what holds the model costs {least:,.0f} dollars or more"
     fastest = max(c.decode.value or 0.0 for c in held)
     return (

@@ -13,7 +13,6 @@ from hwmodel.run import Estimate
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values; bytes, seconds, tokens per second."""
     m, c = plan.memory, plan.chosen
-    price = c.device.price_usd
     return {
         "device": c.device.name,
         "count": c.count,
@@ -62,7 +61,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "mtp": _mtp(plan),
         "placement": _placement(c),
         "command": plan.command,
-        "price_usd": price * c.count if price is not None else None,
+        "price_usd": c.devices_usd,
         "alternatives": [_configuration(a) for a in plan.alternatives],
         "provenance": _provenance(plan),
     }
@@ -114,7 +113,6 @@ def _placement(c: Candidate) -> dict[str, Any]:
 
 
 def _configuration(c: Candidate) -> dict[str, Any]:
-    price = c.device.price_usd
     return {
         "device": c.device.name,
         "count": c.count,
@@ -126,7 +124,7 @@ def _configuration(c: Candidate) -> dict[str, Any]:
         "fits_with": None if c.fits else c.device.raise_how or None,
         "tok_per_s": c.decode.value,
         "depth": c.context,
-        "price_usd": price * c.count if price is not None else None,
+        "price_usd": c.devices_usd,
     }
 
 

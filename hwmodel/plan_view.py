@@ -256,8 +256,7 @@ def nearest_text(run: NearestRun) -> str:
 
 
 def _alternative(c: Candidate) -> str:
-    price = c.device.price_usd
-    cost = f", {price * c.count:,.0f} dollars" if price else ""
+    cost = f", {c.devices_usd:,.0f} dollars" if c.devices_usd else ""
     return (
         f"{c.count}x {c.device.name}: {c.run.quant.name} in {c.engine.title}, {pair(c.decode)} at "
         f"full context{cost}"

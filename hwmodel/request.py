@@ -7,7 +7,6 @@ expected, what to do.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from hwmodel import names
 from hwmodel.devices import Device, load_device
 from hwmodel.engines import Engine, engine_names, for_other_model, load_engine
-from hwmodel.errors import RequestError, UnknownNameError
+from hwmodel.errors import RequestError, UnknownNameError, check_range
 from hwmodel.model import ModelShape
 from hwmodel.quant import QUANTS, Quant, load_quant
 from hwmodel.quantity import Quantity
@@ -129,11 +128,11 @@ def make_request(
     chosen = _engine(engine, model, found)
     weights = _weights(quant, model, chosen, found)
     kind = _quant(quant, model, chosen) if weights is None else weights.name
-    _in_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
-    _in_range("--count", count, 1, MAX_ASKED_COUNT)
-    _in_range("--ram", ram_gb, 0, 1e5, "GB")
-    _in_range("--min-decode", min_decode, 0, 1e6, "tokens/s")
-    _in_range("--max-price", max_price, 0, 1e9, "dollars")
+    check_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
+    check_range("--count", count, 1, MAX_ASKED_COUNT)
+    check_range("--ram", ram_gb, 0, 1e5, "GB")
+    check_range("--min-decode", min_decode, 0, 1e6, "tokens/s")
+    check_range("--max-price", max_price, 0, 1e9, "dollars")
     if max_price is not None and found.price_usd is None:
         raise RequestError(
             f"--max-price: no price is known for {found.name}; add [price] buy_usd to its file"
@@ -167,14 +166,6 @@ def make_request(
         min_decode=min_decode,
         max_price=max_price,
     )
-
-
-def _in_range(option: str, value: float | None, low: float, high: float, unit: str = "") -> None:
-    if value is None:
-        return
-    if not math.isfinite(value) or not low <= value <= high:
-        shown = f" {unit}" if unit else ""
-        raise RequestError(f"{option} is {value:g}, expected {low:g} to {high:g}{shown}")
 
 
 def _engine(text: str | None, model: ModelShape, device: Device) -> Engine | None:

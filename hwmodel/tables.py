@@ -28,7 +28,6 @@ def compare_devices(requests: Sequence[PlanRequest]) -> list[Plan]:
 def compare_row(plan: Plan) -> dict[str, Any]:
     """What stands side by side of a plan; speeds in tok/s, times in s, sizes in bytes."""
     c = plan.chosen
-    price = c.device.price_usd
     short, full = plan.decode[0][1], plan.decode[-1][1]
     prompt = plan.prompts[len(plan.prompts) // 2]
     return {
@@ -49,7 +48,7 @@ def compare_row(plan: Plan) -> dict[str, Any]:
         "decode_gain_of_drafts": plan.drafts[plan.best_drafts].gain,
         "prompt_tokens": prompt.prompt_tokens,
         "ttft_s": prompt.ttft.value,
-        "price_usd": price * c.count if price is not None else None,
+        "price_usd": c.devices_usd,
         "status": full.status,
     }
 

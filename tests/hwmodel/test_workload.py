@@ -117,3 +117,9 @@ def test_a_file_of_ones_own_and_several_machines(tmp_path: Path) -> None:
 def test_a_job_without_a_machine_is_refused() -> None:
     run = CliRunner().invoke(main, ["workload", "chat"])
     assert run.exit_code == 2 and "--device is missing" in run.output
+
+
+def test_the_list_of_jobs_is_json_too() -> None:
+    listed = json.loads(CliRunner().invoke(main, ["workload", "--json"]).output)
+    assert {"workload", "turns", "title"} == set(listed[0])
+    assert "chat" in [job["workload"] for job in listed]
