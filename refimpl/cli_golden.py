@@ -13,6 +13,7 @@ from refimpl.cli_support import SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
     from refimpl.backend import Backend
+    from refimpl.backends import EngineOptions
     from refimpl.golden.compare import Comparison, Difference
 
 DIFFERS = 1
@@ -96,7 +97,8 @@ def dump(
 
     With --layers, --last or --topk a piece is written (refimpl.golden.pieces): a checkpoint too
     large to run is verified layer by layer, each from the file of the one before or from another
-    implementation's own activations, with only the shards of these layers on the disk.
+    implementation's own activations. The reference needs only the shards of these layers on the
+    disk; --backend engine --exact takes a whole file and reads only them into memory.
 
     \b
     Examples:
@@ -104,17 +106,19 @@ def dump(
       refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 0:4 --out 0.npz
       refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 4:8 \\
         --hidden-in 0.npz --out 4.npz
+      refimpl golden dump --model step-q4_k_s.gguf --backend engine --exact --tokens ids.json \
+        --layers 0:4 --out 0.npz
     """
-    if any(value is not None for value in piece.values()):
-        whole = (chunk, variant, mtp_model)
-        if new or exact or backend != "reference" or any(value is not None for value in whole):
-            raise click.UsageError(
-                "pieces take neither --new, --chunk, --backend, --exact, --variant nor --mtp-model",
-                ctx,
-            )
-        _dump_piece(model, tokens, out, dtype, threads, **piece)
-        return
     from refimpl.backends import EngineOptions, open_model
+
+    if any(value is not None for value in piece.values()):
+        if new or any(value is not None for value in (chunk, variant, mtp_model)):
+            raise click.UsageError(
+                "pieces take neither --new, --chunk, --variant nor --mtp-model", ctx
+            )
+        options = EngineOptions(exact, memory_bytes=memory_bytes(memory))
+        _dump_piece(model, tokens, out, (backend, dtype, threads, options), **piece)
+        return
     from refimpl.golden.dump import golden_arrays
     from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
 
@@ -157,8 +161,7 @@ def _dump_piece(
     model: str,
     tokens: str,
     out: str,
-    dtype: str,
-    threads: int | None,
+    choice: tuple[str, str, int | None, EngineOptions],
     layers: str | None,
     hidden_in: str | None,
     last: int | None,
@@ -166,22 +169,36 @@ def _dump_piece(
 ) -> None:
     import contextlib
 
-    from refimpl.backends import limited_threads, model_path, quiet
+    from refimpl.backends import limited_threads, model_path, open_backend, quiet
     from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
     from refimpl.golden.pieces import open_layers, piece_arrays, read_hidden
-    from refimpl.reference.model import ReferenceModel
 
     check_output(Path(out), model, tokens, hidden_in)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    source, (first, stop) = open_layers(model_path(model), layers or ":", hidden_in is None)
+    backend, dtype, threads, options = choice
+    needed = None if backend == "engine" else hidden_in is None
+    source, (first, stop) = open_layers(model_path(model), layers or ":", needed)
     with limited_threads(threads), contextlib.closing(source), quiet():
         c = source.config
+        runs: Any = open_backend(source, backend, dtype, threads, options)
+        note_residency(runs)
         rows = None
         if hidden_in is not None:
             rows = read_hidden(Path(hidden_in), first, len(ids), c.hidden_size)
-        arrays = piece_arrays(ReferenceModel(source, dtype), ids, (first, stop), rows, last, topk)
+        try:
+            arrays = piece_arrays(runs, ids, (first, stop), rows, last, topk)
+        finally:
+            if hasattr(runs, "close"):
+                runs.close()
+        engine = f" --backend engine{' --exact' if options.exact else ''}"
         command = f"refimpl golden dump --dtype {dtype} --layers {first}:{stop}"
-        meta = {"dtype": dtype, "config_sha256": config_hash(c), "command": command}
+        meta = {
+            "dtype": dtype,
+            "backend": backend,
+            "exact": options.exact or backend == "reference",
+            "config_sha256": config_hash(c),
+            "command": command + (engine if backend == "engine" else ""),
+        }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: layers {first} to {stop - 1}, {len(arrays['positions'])} rows")
 

@@ -199,6 +199,30 @@ class EngineModel:
 
         return draft_chain(own.mtp, own.tokens, hidden, following, depth, choose, run)
 
+    def run_layers(
+        self, hidden: Array, tokens: Tokens, cache: Cache, layers: range, trace: Trace
+    ) -> Step:
+        """Rows of the residual stream, (T, H), the input of the first of some trunk layers,
+        through these layers alone; (T, H) behind the last, and logits (T, V) if the trunk's last
+        is one. The cache is of no use for anything else: other layers have no keys in it.
+
+        Raises:
+            InputError: bad tokens or lengths.
+        """
+        from refimpl.engine.tracing import Tracer
+
+        ids, own = self._checked(tokens, cache)
+        tracer, steps, rows = Tracer(self.source, self.program), [], self._rows_at_once
+        for at in range(0, len(ids), rows):
+            part = ids[at : at + rows].tolist()
+            h = np.ascontiguousarray(hidden[at : at + rows], dtype=np.float32)
+            trace.begin_step()
+            steps.append(tracer.trunk(part, h, own, len(part), False, trace, layers))
+            own.tokens.extend(part)
+        return Step(
+            np.concatenate([s.logits for s in steps]), np.concatenate([s.hidden for s in steps])
+        )
+
     def working_memory(self) -> list[Bytes]:
         """The arrays that activations live in; their pages are taken when first used."""
         return self.program.working_memory()

@@ -40,26 +40,30 @@ class Tracer:
 
     def trunk(
         self, ids: Sequence[int], h: Array, cache: EngineCache, wanted: int, row_by_row: bool,
-        trace: Trace,
+        trace: Trace, layers: range | None = None,
     ) -> Step:  # fmt: skip
         """Run T rows as one step of `trace`; logits of the last `wanted` ones.
 
         Args:
-            h: (T, H) embeddings of `ids`.
+            h: (T, H) embeddings of `ids`, or the input of the first of `layers`.
             row_by_row: whether visible keys are counted for every row (decode) or once for all
                 of a chunk (prefill).
+            layers: those of the trunk to run, by default all; logits only if the last is one.
         """
         config = self._source.config
         positions = np.arange(cache.length, cache.length + len(ids))
-        self._count_embedding(ids, trace)
-        trace.keep("hidden", 0, h)
+        n = config.num_hidden_layers
+        layers = range(n) if layers is None else layers
+        if not layers.start:
+            self._count_embedding(ids, trace)
+        trace.keep("hidden", layers.start, h)
         logits = np.empty((0, config.vocab_size), dtype=np.float32)
-        for spec in config.layers[: config.num_hidden_layers]:
-            last = spec.index == config.num_hidden_layers - 1
+        for spec in config.layers[layers.start : layers.stop]:
+            last = spec.index == n - 1
             skipped = len(ids) - (wanted if last else 0)
             h, logits = self._layer(spec, h, cache, positions, skipped, trace)
             _count_keys(spec, positions, row_by_row, trace)
-        if wanted:
+        if wanted and layers.stop == n:
             self._count(self._head(), wanted, trace)
             trace.keep("final", 0, self._program.normed(wanted))
         return Step(logits, h)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from refimpl.golden.hypotheses import run_layer
 from refimpl.inventory import TensorSpec
 from refimpl.reference.model import ReferenceModel
 from refimpl.reference.trace import Trace
+
+if TYPE_CHECKING:
+    from refimpl.engine.model import EngineModel
 
 Array = NDArray[Any]
 _RANGE = re.compile(r"(\d{1,4})?(:)?(\d{1,4})?")
@@ -54,11 +57,14 @@ def parse_layers(text: str, config: ModelConfig) -> tuple[int, int]:
     raise InputError(f"layers is {text!r}, expected A:B with 0 <= A < B <= {count} (trunk layers)")
 
 
-def open_layers(path: Path, layers: str, embeddings: bool) -> tuple[StoredSource, tuple[int, int]]:
+def open_layers(
+    path: Path, layers: str, embeddings: bool | None
+) -> tuple[StoredSource, tuple[int, int]]:
     """A checkpoint opened for a range of layers; other shards may be missing.
 
     Args:
-        embeddings: whether the embedding table is needed.
+        embeddings: whether the embedding table is needed; None: all tensors are (by the engine,
+            which reads of them what it uses).
 
     Raises:
         InputError: no such layers.
@@ -66,6 +72,8 @@ def open_layers(path: Path, layers: str, embeddings: bool) -> tuple[StoredSource
     """
     config = read_config(path)
     first, stop = parse_layers(layers, config)
+    if embeddings is None:
+        return open_checkpoint(path), (first, stop)
     wanted = tensors_of_layers(config, first, stop, embeddings)
     return open_checkpoint(path, wanted=wanted), (first, stop)
 
@@ -115,7 +123,7 @@ def _from_golden(path: Path, layer: int) -> Array:
 
 
 def piece_arrays(
-    model: ReferenceModel,
+    model: ReferenceModel | EngineModel,
     tokens: Sequence[int],
     layers: tuple[int, int],
     hidden_in: Array | None = None,
@@ -139,29 +147,28 @@ def piece_arrays(
         raise InputError(f"last is {last}, the prompt has {count} tokens")
     if topk is not None and not 1 <= topk <= config.vocab_size:
         raise InputError(f"topk is {topk}, the vocabulary has {config.vocab_size} entries")
-    w, positions = model.weights, np.arange(count)
     _check_tokens(tokens, config)
-    h = w.embedding(np.asarray(tokens)) if hidden_in is None else hidden_in.astype(w.numerics.dtype)
-    trace = Trace(record=frozenset({*_BY_LAYER, *_ROUTES}))
     keep = slice(0 if last is None else count - last, None)
-    hidden = [h[keep]]
-    for layer in range(first, stop):
-        h = run_layer(model, layer, h, positions, trace)
-        hidden.append(h[keep])
+    trace = Trace(record=frozenset({"hidden", "final", *_BY_LAYER, *_ROUTES}))
+    if isinstance(model, ReferenceModel):
+        logits = _run_reference(model, tokens, range(first, stop), hidden_in, trace, keep)
+    else:
+        logits = _run_engine(model, tokens, range(first, stop), hidden_in, trace, keep)
     moe = [i for i in config.moe_layers if first <= i < stop]
     arrays = {
         "prompt": np.asarray(tokens, dtype=np.int64),
         "layers": np.array([first, stop]),
-        "positions": positions[keep],
-        "hidden": np.stack(hidden),
+        "positions": np.arange(count)[keep],
+        "hidden": np.stack([trace.rows("hidden", i)[keep] for i in range(first, stop + 1)]),
         "moe_layers": np.asarray(moe, dtype=np.int64),
     }
     for name in _BY_LAYER:
         arrays[name] = np.stack([trace.rows(name, i)[keep] for i in range(first, stop)])
     for name in _ROUTES if moe else ():
         arrays[name] = np.stack([trace.rows(name, i)[keep] for i in moe])
-    if stop == config.num_hidden_layers:
-        arrays.update(_head(model, h[keep], topk))
+    if logits is not None:
+        arrays["final"] = trace.rows("final", 0)[-len(logits) :]
+        arrays |= {"logits": logits} if topk is None else reduced(logits, topk)
     return arrays
 
 
@@ -171,12 +178,34 @@ def _check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
         raise InputError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
 
 
-def _head(model: ReferenceModel, rows: Array, topk: int | None) -> dict[str, Array]:
-    final = model.weights.norm(rows, "norm", None)
-    logits = model.weights.linear(final, "lm_head", None)
-    if topk is None:
-        return {"final": final, "logits": logits}
-    return {"final": final, **reduced(logits, topk)}
+def _run_reference(
+    model: ReferenceModel, tokens: Sequence[int], layers: range, hidden_in: Array | None,
+    trace: Trace, keep: slice,
+) -> Array | None:  # fmt: skip
+    """Fill the trace; logits (R, V) of the kept rows if the trunk's last layer is among them."""
+    w, positions = model.weights, np.arange(len(tokens))
+    h = w.embedding(np.asarray(tokens)) if hidden_in is None else hidden_in.astype(w.numerics.dtype)
+    trace.keep("hidden", layers.start, h)
+    for layer in layers:
+        h = run_layer(model, layer, h, positions, trace)
+        trace.keep("hidden", layer + 1, h)
+    if layers.stop < model.config.num_hidden_layers:
+        return None
+    final = w.norm(h[keep], "norm", None)
+    trace.keep("final", 0, final)
+    return w.linear(final, "lm_head", None)
+
+
+def _run_engine(
+    model: EngineModel, tokens: Sequence[int], layers: range, hidden_in: Array | None,
+    trace: Trace, keep: slice,
+) -> Array | None:  # fmt: skip
+    """The same."""
+    h = hidden_in
+    if h is None:
+        h = model.source.rows("embed_tokens", None, list(tokens), np.float32)
+    step = model.run_layers(h, tokens, model.new_cache(len(tokens)), layers, trace)
+    return step.logits[keep] if layers.stop == model.config.num_hidden_layers else None
 
 
 def reduced(logits: Array, topk: int) -> dict[str, Array]:

@@ -224,3 +224,35 @@ def test_whole_files_compare_as_ever(work: Path) -> None:
     done = run("compare", work / "all.npz", work / "all.npz")
     assert done.exit_code == 0
     assert "mtp_forced_logits_2" in done.stdout
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_engine_runs_pieces_of_a_whole_file(
+    work: Path, limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each from the file of the one before, and from the reference's; also with experts that are
+    read from disk when they are chosen."""
+    from refimpl.engine import budget
+
+    how: tuple[object, ...] = ("--backend", "engine", "--exact", "--dtype", "float32")
+    if limited:
+        monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 40)
+        monkeypatch.setattr(budget, "own_bytes", lambda: 0)
+        how += ("--memory", "0.001")
+    before: tuple[object, ...] = ()
+    for first, stop in ((0, 1), (1, 4), (4, 9)):
+        for source in (before, ("--hidden-in", work / "all.npz") if first else ()):
+            name, piece = f"engine-{first}.npz", ("--layers", f"{first}:{stop}")
+            done = dump(work, work / "m.gguf", name, *piece, *how, *source)
+            assert done.exit_code == 0, done.stderr
+            assert ("are read when chosen" in done.stderr) == limited
+            same = run("compare", work / "all.npz", work / name)
+            assert same.exit_code == 0, same.output
+            assert f"layer {stop - 1} output" in same.stdout
+        before = ("--hidden-in", work / name)
+    arrays, meta = read_golden(work / "engine-4.npz")
+    assert arrays["logits"].shape == (T, 320) and arrays["final"].shape == (T, 64)
+    assert meta["command"].endswith("--layers 4:9 --backend engine --exact")
+    small = (*how, "--layers", "4:", "--hidden-in", work / "all.npz", "--last", 3, "--topk", 4)
+    assert dump(work, work / "m.gguf", "small-engine.npz", *small).exit_code == 0
+    assert run("compare", work / "all.npz", work / "small-engine.npz").exit_code == 0
