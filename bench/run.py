@@ -137,6 +137,10 @@ def cases(
     readers = {n: file_runner(n, llama_bench) for n in engines if not is_endpoint(n)}
     if readers and job.model is None:
         raise RunnerError(f"{next(iter(readers))} needs a file: name it with --model")
+    if readers and job.model is not None:
+        path = _for("", RunnerTest(job.model)).model
+        if not path.exists():
+            raise RunnerError(f"{path}: no such file; --model takes a checkpoint or 'mini'")
     found = [
         (_name(test), [Arm(label, runner, _for(label, test)) for label, runner in readers.items()])
         for test in (_tests(job) if readers else ())

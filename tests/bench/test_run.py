@@ -97,6 +97,8 @@ def test_unknown_and_missing_engines_are_refused(tmp_path: Path) -> None:
         file_runner("llama.cpp", str(tmp_path / "llama-bench"))
     with pytest.raises(RunnerError, match="refimpl needs a file"):
         cases(Job(None), ("refimpl",), None, lambda *_: Given())
+    with pytest.raises(RunnerError, match=r"none\.gguf: no such file"):
+        cases(Job(tmp_path / "none.gguf"), ("refimpl",), None, lambda *_: Given())
 
 
 def test_rounds_are_kept_as_they_finish_and_survive_an_interruption(files: Files) -> None:
