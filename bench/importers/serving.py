@@ -36,13 +36,10 @@ def _records(rows: Iterable[Mapping[str, Any]], source: str, engine: str) -> lis
 def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str) -> RunRecord:
     where = f"{source}: row {i + 1}"
     required(row, _NEEDED, where)
-    if row.get("median_tpot_ms") is None and row.get("mean_tpot_ms") is None:
-        raise RunFileError(f"{where}: no median_tpot_ms and no mean_tpot_ms")
     done, asked, given = (_count(row, key, where) for key in _NEEDED)
     failed = int(row["failed"]) if type(row.get("failed")) is int else 0
-    tpot = "median_tpot_ms" if row.get("median_tpot_ms") is not None else "mean_tpot_ms"
     ttft = "median_ttft_ms" if row.get("median_ttft_ms") is not None else "mean_ttft_ms"
-    ms = number(row, tpot, "ttft_ms", where) if done else None
+    ms, remark = _tpot_ms(row, done, given, where) if done else (None, "")
     prompt, written = (round(n / done) if done else 0 for n in (asked, given))
     model = str(row.get("model_id") or row.get("model") or "")
     stated = str(row.get("backend") or row.get("endpoint_type") or "")
@@ -52,20 +49,63 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
         quant=_quant_in(model),
         engine=_ENGINES.get(stated, engine),
         mtp=_drafts(row),
-        batch_concurrency=number(row, "max_concurrency", "batch_concurrency", where)
-        or (done if done and str(row.get("request_rate")) in ("inf", "Infinity") else None),
+        batch_concurrency=_users(row, done, where),
         prompt_tokens=float(prompt) if done else None,
         context_depth=float(prompt) if done else None,
         gen_tokens=float(written) if done else None,
         decode_tok_s=1000.0 / ms if ms and done else None,
         ttft_ms=number(row, ttft, "ttft_ms", where) if done else None,
-        notes=f"{failed} of {failed + round(done)} requests failed" if failed else "",
+        notes="; ".join(filter(None, (remark, _failures(failed, done)))),
         source_date=_date(str(row.get("date", ""))),
         fit_ok="failed requests" if failed or not done else "yes",
         sweep=stem,
         problems=() if done else (f"completed is {row['completed']!r}, no request was answered",),
         extra=rest(row, _USED, engine.lower()),
     )
+
+
+def _failures(failed: int, done: float) -> str:
+    return f"{failed} of {failed + round(done)} requests failed" if failed else ""
+
+
+def _tpot_ms(
+    row: Mapping[str, Any], done: float, tokens: float, where: str
+) -> tuple[float | None, str]:
+    """Time per output token, and a remark where it follows from the mean latency: older
+    versions of SGLang write none.
+
+    Raises:
+        RunFileError: neither is there.
+    """
+    for key in ("median_tpot_ms", "mean_tpot_ms"):
+        if row.get(key) is not None:
+            return number(row, key, "ttft_ms", where), ""
+    whole = number(row, "mean_e2e_latency_ms", "ttft_ms", where)
+    first = number(row, "mean_ttft_ms", "ttft_ms", where)
+    first = first or number(row, "median_ttft_ms", "ttft_ms", where)
+    if whole is None or first is None or not tokens > done or not whole > first:
+        raise RunFileError(f"{where}: no median_tpot_ms and no mean_tpot_ms")
+    return (whole - first) / (tokens / done - 1), "time per token from the mean latency"
+
+
+def _users(row: Mapping[str, Any], done: float, where: str) -> float | None:
+    """Requests at the same time: the limit where they came as fast as it let them, else the mean
+    that was seen, stated or by Little's law (requests a second times their latency)."""
+    endless = str(row.get("request_rate")).lower() in ("inf", "infinity")
+    limit = number(row, "max_concurrency", "batch_concurrency", where)
+    if not done:
+        return limit
+    seen = row.get("concurrency")
+    if not (isinstance(seen, int | float) and seen > 0):
+        latency = row.get("mean_e2e_latency_ms") or row.get("mean_e2el_ms") or 0
+        seconds = row.get("duration") or 0
+        known = all(isinstance(v, int | float) and v > 0 for v in (latency, seconds))
+        seen = done / seconds * latency / 1000 if known else None
+    if endless and limit:
+        return limit
+    if seen is None:
+        return limit or (done if endless else None)
+    return max(1.0, round(float(min(seen, limit or done)), 1))
 
 
 def _drafts(row: Mapping[str, Any]) -> str:
@@ -105,7 +145,7 @@ def _date(text: str) -> str:
 
 
 def _is_sglang(text: str) -> bool:
-    return has_fields(text, (*_NEEDED, "median_e2e_latency_ms"))
+    return has_fields(text, (*_NEEDED, "median_e2e_latency_ms"))  # vLLM calls it median_e2el_ms
 
 
 def _is_vllm(text: str) -> bool:

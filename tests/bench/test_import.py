@@ -7,6 +7,8 @@ others published of files that the tools wrote:
 
 * `vllm-serve-drafts.json`, `vllm-sweep.json` (two runs of a sweep, and one that failed as a whole):
   vLLM 0.25.1, fixtures of github.com/er0080/vllm-benchmarking (commits c066a05, 57cb02c, c7b7c1e);
+* `sglang-serving-2025.jsonl`: SGLang of early 2025 (Llama 3.3 70B), three of the lines that
+  github.com/datacrunch-research/h200-benchmarks has in sglang/outputs (commit c091ef5);
 * `llama-bench-2025.json`: llama.cpp build 5145, github.com/ggml-org/llama.cpp/pull/12994.
 """
 
@@ -116,6 +118,27 @@ def test_sglang_keeps_one_record_a_line_and_its_acceptance() -> None:
     assert alone.engine == "SGLang" and alone.mtp == "accept length 2.7"
     assert (alone.batch_concurrency, crowd.batch_concurrency) == (1, 16)
     assert crowd.decode_tok_s == pytest.approx(1000 / 17.9)
+
+
+def test_sglang_lines_without_a_time_per_token_follow_from_the_mean_latency() -> None:
+    """(7840.6 - 85.7) ms over 534.5 - 1 tokens; requests a second times latency are the users."""
+    alone, chat, flood = _import("sglang-serving-2025.jsonl", Stated(device="h200")).records
+    assert alone.decode_tok_s == pytest.approx(1000 * (160347 / 300 - 1) / (7840.616 - 85.745))
+    assert alone.notes == "time per token from the mean latency"
+    assert (alone.batch_concurrency, chat.batch_concurrency) == (7.9, 40.5)
+    assert flood.batch_concurrency == 1974.6  # 3000 at once is not what the server worked on
+    assert alone.engine == "SGLang" and alone.extra["sglang:median_itl_ms"].startswith("13.6")
+
+
+def test_a_limit_that_is_not_reached_is_no_number_of_users(tmp_path: Path) -> None:
+    """5 requests a second kept 11.8 of the 256 allowed busy."""
+    row = {"completed": 1000, "total_input_tokens": 302118, "total_output_tokens": 195775,
+           "request_rate": 5.0, "max_concurrency": 256, "concurrency": 11.780263,
+           "request_throughput": 4.889, "median_e2e_latency_ms": 1537.9,
+           "median_tpot_ms": 11.829}  # fmt: skip
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "request_rate": "inf"}) + "\n")
+    assert [r.batch_concurrency for r in import_runs(str(path), FULL).records] == [11.8, 256]
 
 
 def test_every_format_is_recognised_by_exactly_one_reader() -> None:
