@@ -152,13 +152,19 @@ def mtp_picture(plans: Sequence[Plan]) -> Figure:
     usable = [p for p in plans if p.chosen.engine.max_drafts and p.chosen.run.model.mtp_layers]
     if not usable:
         raise RequestError("none of these machines drafts with this model")
-    columns = min(2 if len(usable) <= 4 else 3, len(usable))
+    columns = min(2, len(usable))  # more would be too small at half the width
     rows = -(-len(usable) // columns)
     with style():
-        figure = Figure(figsize=(5.6 * columns, 4.6 * rows + 0.6), layout="constrained")
+        figure = Figure(figsize=(5.4 * columns, 3.9 * rows + 0.6), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        for axes, plan in zip(grid.flat, usable, strict=False):
+        for i, (axes, plan) in enumerate(zip(grid.flat, usable, strict=False)):
             _gains(axes, plan)
+            if i % columns == 0:
+                axes.set_ylabel("times as fast as without")
+            if i + columns >= len(usable):
+                axes.set_xlabel("chance that each draft is accepted")
+            if not i:
+                axes.legend(fontsize=FONT - 2, loc="upper left")
         for axes in list(grid.flat)[len(usable) :]:
             axes.set_visible(False)
         depth = usable[0].request.context // 4
@@ -188,10 +194,7 @@ def _gains(axes: Axes, plan: Plan) -> None:
         )
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_title(_label(plan), loc="left", fontsize=FONT - 1)
-    axes.set_xlabel("chance that each draft is accepted")
-    axes.set_ylabel("times as fast as without")
     axes.set_xlim(0, 1)
-    axes.legend(fontsize=FONT - 2, loc="upper left")
 
 
 def cost_picture(plans: Sequence[Plan]) -> Figure:

@@ -25,7 +25,7 @@ def h100_rent() -> Finding:
     return Finding(
         computed=f"USD per hour: {shown}",
         verdict=verdict,
-        why=f"{len(inside)} of {len(offers)} listed prices lie in the claimed range.",
+        why=f"In the claimed range: {len(inside)} of {len(offers)} listed prices.",
         command="hwmodel cost --device h100",
         values={f"offer_{i}": o.usd_per_h for i, o in enumerate(offers)},
         rests_on=_quoted(offers),
