@@ -38,7 +38,7 @@ from refimpl.engine.lanes import (
     with_last_i64,
 )
 from refimpl.engine.simd import Simd
-from refimpl.engine.sums import Sums, added, added_all, none, put
+from refimpl.engine.sums import Sums, added, added_all, keep, kept, put
 from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, super_codes
 from refimpl.engine.vec import (
     F16x16,
@@ -72,6 +72,8 @@ from refimpl.engine.x86 import (
 )
 
 _INLINE = {"forceinline": True}
+_ACTIVATION_BYTES = 24 << 10
+_GROUP_ROWS = 16  # done piece by piece where the activations of whole rows are more than that
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
 
@@ -84,47 +86,60 @@ def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
     """The compiled kernel of a block format for M = `count`.
 
     Rows of 32-value blocks may have any number of them; the last ones of a row are copied to where
-    a whole step can be read.
+    a whole step can be read. Where the activations of whole rows are too many for the nearest
+    cache, some weight rows together are done piece by piece.
     """
     block_bytes, blocks = fmt.block_bytes, _STEP_BLOCKS[fmt.kind512.partition("_")[0]]
     size, values, x_size = blocks * block_bytes, blocks * fmt.block_values, activation_bytes(fmt)
-    sums = Sums(count)
-    two, at_once = sums.weight_rows > 1, sums.weight_rows
+    sums, most = Sums(count), _ACTIVATION_BYTES // (count * x_size)
+    at_once, row_size = sums.weight_rows, sums.row_size
+    two = at_once > 1
 
     @cfunc(SIGNATURE, **OPTIONS)
     def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
         simd  # noqa: B018  # part of the cache key
-        tail, xs = stack(320), (x0, x1, x2, x3)
+        tail, kept_sums, xs = stack(320), stack(4096), (x0, x1, x2, x3)
         whole, rest = columns // values, columns % values // 32
         end, jump = reading(w, rows * row_bytes, after)
-        distance = PREFETCH_BYTES
-        if two:  # whole pairs of rows
-            distance = (PREFETCH_BYTES // (2 * row_bytes) + 1) * 2 * row_bytes
-        for r in range(0, rows, at_once):
-            at, x, total = w + r * row_bytes, 0, none(sums)
-            second = row_bytes if r + 1 < rows else 0  # how far away the other row is
-            for _ in range(whole):
-                soon = ahead(at + distance, end, jump)
-                for line in range(0, size, 64):
-                    if count > 1:
-                        prefetch(soon + line)
+        part, group, distance = max(1, whole), rows, PREFETCH_BYTES
+        if count > 1 and whole > most:
+            pieces = (whole + most - 1) // most
+            part, group = (whole + pieces - 1) // pieces, _GROUP_ROWS
+        if count > 1:  # whole rows ahead, or pairs of them
+            distance = (PREFETCH_BYTES // (at_once * part * size) + 1) * at_once * row_bytes
+        for top in range(0, rows, group):
+            for first in range(0, max(1, whole), part):
+                stop = min(first + part, whole)
+                for r in range(top, min(top + group, rows), at_once):
+                    at, x = w + r * row_bytes + first * size, first * x_size
+                    second = row_bytes if r + 1 < rows else 0  # how far away the other row is
+                    place = kept_sums + (r - top) * row_size
+                    total = kept(sums, place, first > 0)
+                    for _ in range(first, stop):
+                        soon = ahead(at + distance, end, jump)
+                        for line in range(0, size, 64):
+                            if count > 1:
+                                prefetch(soon + line)
+                                if two:
+                                    prefetch(soon + second + line)
+                            else:
+                                prefetch_once(soon + line)
+                        step = other = decoded(fmt, at)
                         if two:
-                            prefetch(soon + second + line)
-                    else:
-                        prefetch_once(soon + line)
-                step = other = decoded(fmt, at)
-                if two:
-                    other = decoded(fmt, at + second)
-                total = added_all(sums, fmt, (step, other), xs, x, total)
-                at += size
-                x += x_size
-            if rest:
-                step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
-                if two:
-                    at += second
-                    other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
-                total = added_all(sums, fmt, (step, other), xs, x, total)
-            put(sums, (y0, y1, y2, y3), 4 * r, second, total)
+                            other = decoded(fmt, at + second)
+                        total = added_all(sums, fmt, (step, other), xs, x, total)
+                        at += size
+                        x += x_size
+                    if stop < whole:
+                        keep(sums, place, total)
+                        continue
+                    if rest:
+                        step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                        if two:
+                            at += second
+                            other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
+                        total = added_all(sums, fmt, (step, other), xs, x, total)
+                    put(sums, (y0, y1, y2, y3), 4 * r, second, total)
 
     return rows512
 

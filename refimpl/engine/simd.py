@@ -31,7 +31,16 @@ _COMPILED = (
 )  # fmt: skip
 _ENVIRONMENT = "REFIMPL_SIMD"
 _NEEDS = {
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi", "avx2", "f16c"),
+    "avx512": (
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512vnni",
+        "avx512vbmi",
+        "gfni",
+        "avx2",
+        "f16c",
+    ),
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),
 }
@@ -49,7 +58,7 @@ class Simd(Parameter):
     """An instruction set.
 
     Attributes:
-        name: 'avx512' (with VNNI and VBMI), 'avx2', or 'portable' (LLVM's generic vectors).
+        name: 'avx512' (with VNNI, VBMI and GFNI), 'avx2', or 'portable' (LLVM's generic vectors).
         dot: the 256-bit instruction for sums of four byte products: 'avx512vnni', 'avxvnni', or
             '' (two multiply-add instructions).
         sources: hash of the source files of compiled code; compiled kernels on disk are found by

@@ -17,8 +17,10 @@ from refimpl.engine.simd import Parameter
 from refimpl.engine.vec import (
     F32x16,
     I64x8,
+    load,
     reduce_add,
     reinterpret,
+    store,
     store_f32,
     store_i32,
     store_i64,
@@ -48,6 +50,11 @@ class Sums(Parameter):
         """Rows of weights at a time."""
         return 2 if self.count > 2 else 1
 
+    @property
+    def row_size(self) -> int:
+        """Bytes of one weight row's sums in memory."""
+        return 64 * self.count
+
 
 def added(fmt: Any, step: Any, x: int, acc: Any) -> Any:
     """acc (F32x16) + the products of a decoded step with its activations."""
@@ -59,8 +66,13 @@ def added_all(sums: Any, fmt: Any, steps: Any, xs: Any, x: int, total: Any) -> A
     raise NotImplementedError("only called from compiled kernels")
 
 
-def none(sums: Any) -> Any:
-    """Sums of nothing."""
+def keep(sums: Any, at: int, total: Any) -> None:
+    """Write `total` to memory."""
+    raise NotImplementedError("only called from compiled kernels")
+
+
+def kept(sums: Any, at: int, anything: bool) -> Any:
+    """What `keep` wrote, or zeros if it has written nothing."""
     raise NotImplementedError("only called from compiled kernels")
 
 
@@ -93,13 +105,43 @@ def _added_all(sums, fmt, steps, xs, x, total):
     return all_rows
 
 
-@overload(none, jit_options=_INLINE)
-def _none(sums):
-    def zero(sums):
-        z = zeros(F32x16)
-        return z, z, z, z, z, z, z, z
+@overload(keep, jit_options=_INLINE)
+def _keep(sums, at, total):
+    count = sums.parameter.count
 
-    return zero
+    def write(sums, at, total):
+        a0, a1, a2, a3, b0, b1, b2, b3 = total
+        store(at, a0)
+        if count > 1:
+            store(at + 64, a1)
+        if count > 2:
+            store(at + 128, a2)
+            store(at + 192, a3)
+            store(at + 256, b0)
+            store(at + 320, b1)
+            store(at + 384, b2)
+            store(at + 448, b3)
+
+    return write
+
+
+@overload(kept, jit_options=_INLINE)
+def _kept(sums, at, anything):
+    count = sums.parameter.count
+
+    def read(sums, at, anything):
+        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros(F32x16)
+        if anything:
+            a0 = load(F32x16, at)
+            if count > 1:
+                a1 = load(F32x16, at + 64)
+            if count > 2:
+                a2, a3 = load(F32x16, at + 128), load(F32x16, at + 192)
+                b0, b1 = load(F32x16, at + 256), load(F32x16, at + 320)
+                b2, b3 = load(F32x16, at + 384), load(F32x16, at + 448)
+        return a0, a1, a2, a3, b0, b1, b2, b3
+
+    return read
 
 
 # Two vectors' sums of lanes i and i + 8, then i and i + 4 of twice two, and so on: the additions of

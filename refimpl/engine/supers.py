@@ -43,6 +43,7 @@ from refimpl.engine.vec import (
     zeros,
 )
 from refimpl.engine.x86 import (
+    bit_matrices,
     dot64,
     lane_permuter,
     lookup64,
@@ -167,24 +168,20 @@ def _iq4_xs_scales(w):
 # that two lanes belong to a sub-block in all of them and their sums go on in the same lanes.
 _chunks = [shuffler(I64x8, [k, 4 + k, 8 + k, 12 + k] * 2) for k in range(4)]
 _chunks0, _chunks1, _chunks2, _chunks3 = _chunks
-_high_last = literal(I64x8, [0] * 4 + [4] * 4)
+# What takes the low nibbles of four 64-bit pieces and the high ones of four: a matrix of bits each.
+_low_or_high = bit_matrices([0x0102040800000000] * 4 + [0x1020408000000000] * 4)
 _fifth_bits = literal(I64x8, [0x0101010101010101 * (1 << i) for i in (0, 2, 4, 6, 1, 3, 5)]
                       + [-0x7F7F7F7F7F7F7F80])  # fmt: skip
 _by_sub_block = lane_permuter([i for j in (0, 2, 4, 6, 1, 3, 5, 7) for i in (j, j)])
 
 
 @njit(forceinline=True)
-def _low_or_high(chunks):
-    nibbles = reinterpret(I8x64, shift_right_each(chunks, _high_last()))
-    return nibbles & splat(I8x64, 15)
-
-
-@njit(forceinline=True)
 def _by_eights(at):
     """The nibbles of 128 bytes as four vectors."""
     a, b = load(I64x8, at), load(I64x8, at + 64)
-    c0, c1 = _low_or_high(_chunks0(a, b)), _low_or_high(_chunks1(a, b))
-    return c0, c1, _low_or_high(_chunks2(a, b)), _low_or_high(_chunks3(a, b))
+    c0, c1 = reinterpret(I8x64, _chunks0(a, b)), reinterpret(I8x64, _chunks1(a, b))
+    c2, c3 = reinterpret(I8x64, _chunks2(a, b)), reinterpret(I8x64, _chunks3(a, b))
+    return _low_or_high(c0), _low_or_high(c1), _low_or_high(c2), _low_or_high(c3)
 
 
 @njit(forceinline=True)
@@ -221,8 +218,8 @@ def added_super(fmt: Any) -> Any:
         c0, c1, c2, c3, scales, spread_scales = step
         dot = dot64(dot64(zeros(I32x16), c0, load(I8x64, x)), c1, load(I8x64, x + 64))
         dot = dot64(dot64(dot, c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
-        part = scales * load(F32x16, x + 320)
-        return acc + fma(convert(F32x16, dot), spread_scales * load(F32x16, x + 256), part)
+        acc = fma(scales, load(F32x16, x + 320), acc)
+        return fma(convert(F32x16, dot), spread_scales * load(F32x16, x + 256), acc)
 
     def halves(fmt, step, x, acc):
         c0, c1, c2, c3, scales = step

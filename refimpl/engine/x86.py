@@ -10,6 +10,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
+from numba.core import cgutils
 
 from refimpl.engine.jit import intrinsic
 from refimpl.engine.vec import (
@@ -20,6 +21,7 @@ from refimpl.engine.vec import (
     I16x16,
     I32x8,
     I32x16,
+    I64x8,
     VecType,
     call,
     constant,
@@ -65,6 +67,24 @@ def byte_permuter(indices: list[int]) -> Any:
         def emit(context, builder, signature, args):
             table = constant(I8x64.llvm, indices)
             return call(builder, "llvm.x86.avx512.permvar.qi.512", I8x64.llvm, [args[0], table])
+
+        return (I8x64(I8x64), emit) if a == I8x64 else None
+
+    return intrinsic(typed)
+
+
+def bit_matrices(matrices: list[int]) -> Any:
+    """An intrinsic a -> every byte of a (64) times the 8 x 8 matrix of bits for its 64-bit piece
+    (GFNI): bit i of the result is the parity of the byte masked with byte 7 - i of the matrix."""
+
+    def typed(typingctx, a):
+        def emit(context, builder, signature, args):
+            table = builder.bitcast(constant(I64x8.llvm, matrices), I8x64.llvm)
+            zero = ir.Constant(ir.IntType(8), 0)
+            name = "llvm.x86.vgf2p8affineqb.512"
+            kind = ir.FunctionType(I8x64.llvm, [I8x64.llvm, I8x64.llvm, zero.type])
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(function, [args[0], table, zero])
 
         return (I8x64(I8x64), emit) if a == I8x64 else None
 

@@ -25,7 +25,8 @@ V4 = V2 | {"avx512f", "avx512bw", "avx512vl"}
         (V2, ("avx2", "portable"), ""),
         (V2 | {"avxvnni"}, ("avx2", "portable"), "avxvnni"),
         (V4 | {"avx512vnni"}, ("avx2", "portable"), "avx512vnni"),  # no VBMI
-        (V4 | {"avx512vnni", "avx512vbmi"}, ("avx512", "avx2", "portable"), "avx512vnni"),
+        (V4 | {"avx512vnni", "avx512vbmi"}, ("avx2", "portable"), "avx512vnni"),  # no GFNI
+        (V4 | {"avx512vnni", "avx512vbmi", "gfni"}, ("avx512", "avx2", "portable"), "avx512vnni"),
     ],
 )
 def test_instructions_are_chosen_by_feature_flags(
