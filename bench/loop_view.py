@@ -75,18 +75,23 @@ def _three(e: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple("" if v is None else f"{100 * v:.1f}" for v in found)
 
 
-def fit_text(made: Mapping[str, Any]) -> str:
+def fit_table(made: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Errors of a host's efficiencies, by engine: in the fit, of points whose file it never saw,
     and of the published fit, which takes the probed speeds for peaks."""
     rows = []
     for engine, entry in made["engines"].items():
         for quantity, e in entry["errors"].items():
-            for name, kind in (("in the fit", "fit"), ("file left out", "leave_sweep_out"),
+            for name, kind in (("in the fit", "fit"), ("its file left out", "leave_sweep_out"),
                                ("published fit", "published")):  # fmt: skip
                 if e.get(kind, {}).get("n"):
                     rows.append((engine, quantity.split("_")[0], name, str(e[kind]["n"]),
                                  *_three(e[kind])))  # fmt: skip
-    return table(("errors in %", "quantity", "", "points", "median", "p90", "worst"), rows)
+    return ("errors in %", "quantity", "", "points", "median", "p90", "worst"), rows
+
+
+def fit_text(made: Mapping[str, Any]) -> str:
+    """`fit_table` for a terminal."""
+    return table(*fit_table(made))
 
 
 def comparison_csv(found: Mapping[str, Any]) -> str:

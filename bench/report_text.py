@@ -60,6 +60,7 @@ def report_text(found: Sources, link: Link) -> str:
         _speed_ups(found.fit.errors),
         "## The loop closed on one host",
         *_loops(found, link),
+        *_probed(),
         "## The CPU engine against llama.cpp",
         *_engine(found, link),
         "## What this does not show",
@@ -242,6 +243,25 @@ def _loops(found: Sources, link: Link) -> list[str]:
             text += [f"### Loop {number}: probed, predicted and measured again",
                      *_loop(folder, link)]  # fmt: skip
     return text
+
+
+def _probed() -> list[str]:
+    """Efficiencies that probed devices are planned with."""
+    from bench.loop_view import fit_table
+    from hwmodel.probed import read, shipped_path
+
+    if not shipped_path().is_file():
+        return []
+    made = read(shipped_path())
+    return [
+        "### What other probed hosts are planned with",
+        "`hwmodel plan --device local` needs efficiencies relative to what `bench probe` measured, "
+        f"not to a datasheet. They are fitted to all points of the loop on {made['host']}; the "
+        "middle rows are of refits that never saw the file (model and type) of a point. Another "
+        "host's band is wider by what published runs are further off when their device was left "
+        "out; `bench loop fit` replaces them by the host's own.",
+        markdown(*fit_table(made)),
+    ]
 
 
 def _loop(where: Path, link: Link) -> list[str]:
