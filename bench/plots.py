@@ -246,7 +246,9 @@ def depth_figure(records: Sequence[RunRecord], source: str) -> Figure:
         grid = figure.subplots(height, columns, squeeze=False)
         for axes, (name, curves) in zip(grid.flat, panels, strict=False):
             draw_depth(axes, curves)
-            axes.set_title(name, loc="left", fontsize=FONT + 1)
+            share = min(c.run.placement.host_expert_share for c in curves)
+            where = f", {100 * share:.0f} % of the experts in host memory" if share else ""
+            axes.set_title(name + where, loc="left", fontsize=FONT + 1)
             axes.set_ylabel("decode, tokens/s")
             axes.legend(
                 loc="upper left", bbox_to_anchor=(0, -0.15),
