@@ -103,6 +103,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.repetitions < 1:
             raise InputError(f"repetitions is {self.repetitions}, expected 1 or more")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise InputError(f"micro-batch is {self.micro_batch}, expected 1 or more rows")
         if any(not 0 <= p <= 1 for p in self.acceptance):
             raise InputError("simulated acceptance is a chance from 0 to 1 for each draft")
         if len(self.acceptance) > SPECULATIVE_ROWS:

@@ -26,6 +26,7 @@ from refimpl.inventory import inventory
 from refimpl.text.tokenizer import NO_TOKENIZER, Tokenizer
 
 if TYPE_CHECKING:
+    from refimpl.decoding.generation import GenerateOptions, Generation
     from refimpl.engine.stats import TrafficCounter
 
 Note = Callable[[str], None]
@@ -230,9 +231,16 @@ class _Loop:
         self._counts = np.zeros(3, dtype=int)  # steps, drafted, accepted
 
     def warm_up(self, prompt: list[int]) -> None:
+        """A short generation that does not count."""
+        self._generate(prompt, replace(self._options, max_new_tokens=4 * _WARM_STEPS))
+
+    def _generate(self, prompt: list[int], options: GenerateOptions) -> Generation:
         from refimpl.decoding.generate import generate
 
-        generate(self._backend, prompt, replace(self._options, max_new_tokens=4 * _WARM_STEPS))
+        made = generate(self._backend, prompt, options)
+        if made.finish_reason == "interrupted":  # Ctrl-C ends a text early
+            raise KeyboardInterrupt
+        return made
 
     def begin(self) -> None:
         """Begin the next repetition."""
@@ -241,11 +249,7 @@ class _Loop:
 
     def run(self, prompt: list[int]) -> None:
         """One generation."""
-        from refimpl.decoding.generate import generate
-
-        run = generate(self._backend, prompt, self._options)
-        if run.finish_reason == "interrupted":
-            raise KeyboardInterrupt
+        run = self._generate(prompt, self._options)
         self._seconds[-1] += run.timings.decode_s
         self._tokens[-1] += run.timings.decoded_tokens
         self._counts += (run.mtp.steps, run.mtp.drafted, run.mtp.accepted)

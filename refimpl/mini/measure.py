@@ -85,6 +85,8 @@ def continuations(
     out = []
     for prompt in prompts.load():
         run = generate(model, encode(prompt.text), options, new_decoder=decoder)
+        if run.finish_reason == "interrupted":  # Ctrl-C ends a text early
+            raise KeyboardInterrupt
         out.append(Continuation(prompt, run))
     print(f"prompts: done with {depth} drafts, temperature {temperature:g}", file=sys.stderr)
     return out

@@ -64,10 +64,17 @@ def teacher_forced(greedy: Array, heads: Sequence[Array]) -> tuple[list[int], li
 def looped(
     model: Backend, prompt: Sequence[int], depth: int, temperature: float, seed: int, new: int
 ) -> tuple[list[int], list[int]]:
-    """Tried and stood by position while `new` tokens continue a prompt."""
+    """Tried and stood by position while `new` tokens continue a prompt.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which ends a text early; figures of a part are none.
+    """
     sampling = SamplingParams(temperature=temperature, seed=seed if temperature else None)
     options = GenerateOptions(max_new_tokens=new, sampling=sampling, mtp=depth, stop_tokens=())
-    return by_position(generate(model, prompt, options).mtp)
+    made = generate(model, prompt, options)
+    if made.finish_reason == "interrupted":
+        raise KeyboardInterrupt
+    return by_position(made.mtp)
 
 
 def by_position(stats: DraftStats) -> tuple[list[int], list[int]]:

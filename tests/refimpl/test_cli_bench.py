@@ -154,6 +154,7 @@ def test_a_prompt_may_be_given(tmp_path: Path) -> None:
         (("-p", "-3"), "0 or more"),
         (("--rows", "5"), "5 rows a step"),
         (("-r", "0"), "repetitions is 0"),
+        (("-ub", "0"), "micro-batch is 0"),
         (("--mtp", "7"), "mtp is '7'"),
         (("--simulate-acceptance", ".5"), "needs drafts"),
         (("--mtp", "1", "--simulate-acceptance", "2"), "chance from 0 to 1"),

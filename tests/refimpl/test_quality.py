@@ -21,7 +21,7 @@ from refimpl.cli import main
 from refimpl.config_io import load_hf_config
 from refimpl.errors import InputError
 from refimpl.quality.clustered import mean
-from refimpl.quality.drafts import teacher_forced
+from refimpl.quality.drafts import looped, teacher_forced
 from refimpl.quality.inputs import ids_of_text
 from refimpl.quality.perplexity import compare, measure, require_same_tokens
 from refimpl.quality.routing import distinct
@@ -76,6 +76,21 @@ def test_a_draft_counts_only_behind_those_that_stood() -> None:
     right, wrong = np.array([2, 3, 4, 5, 6]), np.array([0, 0, 5, 6])
     assert teacher_forced(greedy, [right, wrong]) == ([4, 4], [4, 2])
     assert teacher_forced(greedy, [np.zeros(5), np.array([3, 4, 5, 6])]) == ([4, 0], [0, 0])
+
+
+def test_ctrl_c_in_a_loop_ends_the_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    # generate() keeps what there is of a text; of statistics a part is nothing
+    with open_model("mini", "reference") as model:
+        real, calls = model.backend.decode, iter(range(3))
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(model.backend, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            looped(model.backend, IDS[:8], 2, 0.0, 1, 16)
 
 
 def test_distinct_experts_of_neighbours() -> None:
