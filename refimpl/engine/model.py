@@ -29,6 +29,7 @@ from refimpl.errors import InputError
 from refimpl.reference.trace import Trace
 
 _MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
+_ROWS_KEPT = 256  # of the embedding table, besides those of the newest step
 MICRO_BATCH = 512
 """Rows that run through the model at once in prefill."""
 
@@ -77,6 +78,7 @@ class EngineModel:
         self._simd, self._exact = choose_simd(simd), exact
         self.program = Program(source, self.team, self._simd, exact, self._kv, micro_batch)
         slots = planned_slots(source, self.program, memory_bytes)
+        self._lately: dict[int, Array] = {}
         self.residency = None if slots is None else Residency(self.program, source, slots)
 
     @property
@@ -296,18 +298,19 @@ class EngineModel:
     def _trunk(self, ids: Array, cache: EngineCache, wanted: int, trace: Trace | None = None,
                row_by_row: bool = False) -> Step:  # fmt: skip
         """Run T rows; logits of the last `wanted` ones."""
-        h = self._embedded(ids.tolist())
+        tokens: list[int] = ids.tolist()
+        h = self._embedded(tokens)
         n = self.config.num_hidden_layers
         if trace is not None:
             from refimpl.engine.tracing import Tracer
 
             trace.begin_step()
             tracer = Tracer(self.source, self.program)
-            step = tracer.trunk(ids.tolist(), h, cache, wanted, row_by_row, trace)
+            step = tracer.trunk(tokens, h, cache, wanted, row_by_row, trace)
             hidden, logits = step.hidden, step.logits
         else:
             hidden, logits = self.program.run(h, range(n), cache, cache.length, len(ids) - wanted)
-        cache.tokens.extend(ids.tolist())
+        cache.tokens.extend(tokens)
         cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
         return Step(logits, hidden)
 
@@ -318,6 +321,10 @@ class EngineModel:
         layer = self.config.num_hidden_layers + k
         out = []
         rows_at_once = self._rows_at_once
+        if len(u) <= rows_at_once:
+            layers, last = range(layer, layer + 1), len(u) - 1
+            rows, logits = self.program.run(u, layers, cache, start, last, self._embedded(ids))
+            return rows, logits[0]
         for at in range(0, len(u), rows_at_once):
             part = slice(at, at + rows_at_once)
             embedded = self._embedded(ids[part])
@@ -331,8 +338,18 @@ class EngineModel:
         return np.concatenate(out), logits[0]
 
     def _embedded(self, ids: list[int]) -> Array:
-        """Rows of the embedding table, (T, H) float32."""
-        return self.source.rows("embed_tokens", None, ids, np.float32)
+        """Rows of the embedding table, (T, H) float32; of a few tokens, those used lately are
+        kept: drafting and verifying ask for the same ones."""
+        if len(ids) > _MAX_DECODE_ROWS:
+            return self.source.rows("embed_tokens", None, ids, np.float32)
+        kept = self._lately
+        if missing := [token for token in ids if token not in kept]:
+            if len(kept) > _ROWS_KEPT:
+                kept.clear()
+                missing = ids
+            rows = self.source.rows("embed_tokens", None, missing, np.float32)
+            kept.update(zip(missing, rows, strict=True))
+        return kept[ids[0]][None] if len(ids) == 1 else np.stack([kept[token] for token in ids])
 
     def _checked(self, tokens: Tokens, cache: Cache) -> tuple[Array, EngineCache]:
         own, ids = self._own(cache), self._ids(tokens)

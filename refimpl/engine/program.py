@@ -24,12 +24,13 @@ from refimpl.engine.kv import KvType, storing
 from refimpl.engine.memory import ALIGNMENT, Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
 from refimpl.engine.records import LayerRecord, Records, Site, layer_record
+from refimpl.engine.rotations import Rotations
 from refimpl.engine.simd import Simd
 from refimpl.engine.step import CLAIMS_PER_LAYER, runner
 from refimpl.engine.threads import Team
 from refimpl.engine.tiles import MANY
 from refimpl.engine.work import CLAIM_BYTES, MAX_CHUNK, SCRATCH_HEADER
-from refimpl.reference.rope import angles, frequencies
+from refimpl.reference.rope import frequencies
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Program:
               embedded: Array | None) -> None:  # fmt: skip
         """What differs from run to run: rows, layers, caches, positions."""
         step = self._step
-        self._rotations(start, count)
+        self._rotations.use(start, count)
         step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
         step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
         step[Step.KV_TABLE] = address(cache.table) + 8 * layers[0]
@@ -288,10 +289,6 @@ class Program:
             step[number] = address(part)
         self._h = parts[Step.H].view(np.float32).reshape(t, c.hidden_size)
         self._claims = parts[Step.CLAIMS]
-        self._tables = [
-            [zeroed(4 * t * len(f)).view(np.float32).reshape(t, len(f)) for f in self._freqs]
-            for _ in range(2)
-        ]
 
     def _scratch_layout(self, columns: int, free: int) -> int:
         """Where the parts of a thread's scratch memory begin; its size, whole pages."""
@@ -314,14 +311,6 @@ class Program:
         step[Step.PREPARE] = prepare(simd).address
         step[Step.STORE] = storing(simd, kv).address
         step[Step.ATTEND] = attending(simd, kv).address
-        for number, tables in zip((Step.COS, Step.SIN), self._tables, strict=True):
-            places = np.array([address(t) for t in tables], dtype=np.int64)
-            step[number] = self._records.keep(places)
-
-    def _rotations(self, start: int, count: int) -> None:
-        """cos and sin of the rows' positions, formed in float64."""
-        positions = np.arange(start, start + count)
-        for i, freqs in enumerate(self._freqs):
-            cos, sin = angles(positions, freqs)  # (T, R/2) each
-            self._tables[0][i][:count] = cos
-            self._tables[1][i][:count] = sin
+        self._rotations = Rotations(self._freqs, self._max_rows)
+        for number, places in zip((Step.COS, Step.SIN), self._rotations.places, strict=True):
+            step[number] = address(places)
