@@ -141,11 +141,17 @@ def _draw_scatter(axes: Axes, panel: Panel, named: Mapping[str, int]) -> None:
     )  # fmt: skip
 
 
+_FEW_DECADES = 12  # span of an axis whose ticks at 1 and 3 would be too few
+
+
 def _plain_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    low, high = axes.get_xlim()
+    few = high / low < _FEW_DECADES
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=12))
+        subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if few else (1.0, 3.0)
+        axis.set_major_locator(LogLocator(10, subs=subs, numticks=12))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
 

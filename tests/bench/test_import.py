@@ -9,6 +9,8 @@ others published of files that the tools wrote:
   vLLM 0.25.1, fixtures of github.com/er0080/vllm-benchmarking (commits c066a05, 57cb02c, c7b7c1e);
 * `sglang-serving-2025.jsonl`: SGLang of early 2025 (Llama 3.3 70B), three of the lines that
   github.com/datacrunch-research/h200-benchmarks has in sglang/outputs (commit c091ef5);
+* `step-m4max.json`: StepFun's own figures of a Mac Studio in llama-bench's layout (llama.cpp/docs/
+  step3.5-flash.md of github.com/stepfun-ai/Step-3.5-Flash; rows S068 to S073 of the published runs);
 * `llama-bench-2025.json`: llama.cpp build 5145, github.com/ggml-org/llama.cpp/pull/12994.
 """
 
@@ -214,12 +216,15 @@ def test_impossible_speeds_are_kept_and_named_with_the_limit(tmp_path: Path) -> 
 
 
 def test_two_commands_bring_a_newcomer_onto_the_plot(tmp_path: Path) -> None:
+    """The file names its model and type; only the device has to be said."""
     out, pictures = tmp_path / "mine.csv", tmp_path / "pictures"
-    args = ["import", str(DATA / "llama-bench.json"), "--device", "m4max", "--out", str(out)]
-    first = CliRunner().invoke(main, [*args, "--model", "step-3.5-flash"])
+    args = ["import", str(DATA / "step-m4max.json"), "--device", "m4max", "--out", str(out)]
+    first = CliRunner().invoke(main, args)
     assert first.exit_code == 0, first.output
+    assert first.stderr.splitlines()[-1].endswith("11 runs") and "adds it" not in first.stderr
     second = CliRunner().invoke(main, ["compare", "--runs", str(out), "--out", str(pictures)])
     assert second.exit_code == 0, second.output
+    assert second.stdout.startswith("11 figures (") and "declined" not in second.stdout
     assert (pictures / "predicted-measured.png").stat().st_size > 10_000
 
 
