@@ -10,7 +10,7 @@ others published of files that the tools wrote:
 * `sglang-serving-2025.jsonl`: SGLang of early 2025 (Llama 3.3 70B), three of the lines that
   github.com/datacrunch-research/h200-benchmarks has in sglang/outputs (commit c091ef5);
 * `step-m4max.json`: StepFun's own figures of a Mac Studio in llama-bench's layout (llama.cpp/docs/
-  step3.5-flash.md of github.com/stepfun-ai/Step-3.5-Flash; rows S068 to S073 of the published runs);
+  step3.5-flash.md of github.com/stepfun-ai/Step-3.5-Flash; published runs S068 to S073);
 * `llama-bench-2025.json`: llama.cpp build 5145, github.com/ggml-org/llama.cpp/pull/12994.
 """
 
