@@ -193,21 +193,22 @@ def _codes(builder: Any, product: Product, sums: list[Any], group: Any, xs: list
     layout = product.layout
     assert layout is not None
     places = [builder.add(x, column) for x, column, _ in xs]
-    scales, totals = [], []
-    for x, column, total in xs:
-        at = builder.add(builder.add(x, total), builder.lshr(column, _constant(3)))
-        scales.append(_spread_float(builder, at))
-        shift = builder.lshr(total, _constant(3))  # from scales to scales times sums
-        totals.append(_spread_float(builder, builder.add(at, shift)) if layout.minimum else None)
+    scales = [
+        builder.add(builder.add(x, total), builder.lshr(column, _constant(3)))
+        for x, column, total in xs
+    ]
     for part in range(layout.scales):
-        factor = _loaded(builder, F32x16.llvm, group, CODES + 64 * part)
         dots = _integer_sums(builder, product, group, places, part)
+        factor = _loaded(builder, F32x16.llvm, group, CODES + 64 * part)
         for m, dot in enumerate(dots):
-            value = builder.sitofp(dot, F32x16.llvm)
-            sums[m] = _fma(builder, value, builder.fmul(factor, scales[m]), sums[m])
+            value, scale = builder.sitofp(dot, F32x16.llvm), _spread_float(builder, scales[m])
+            sums[m] = _fma(builder, value, builder.fmul(factor, scale), sums[m])
     if layout.minimum:
         lowest = _loaded(builder, F32x16.llvm, group, CODES + 128 * layout.scales)
-        sums = [_fma(builder, lowest, totals[m], s) for m, s in enumerate(sums)]
+        for m, (_, _, total) in enumerate(xs):
+            # scales times sums lie behind the scales
+            at = builder.add(scales[m], builder.lshr(total, _constant(3)))
+            sums[m] = _fma(builder, lowest, _spread_float(builder, at), sums[m])
     return sums
 
 
