@@ -21,11 +21,12 @@ from refimpl.engine.fields import Kv, field
 from refimpl.engine.jit import cfunc
 from refimpl.engine.kv import (
     KvType,
+    begin_block,
+    block_weights,
+    end_block,
     fetch_ahead,
-    key_scale,
     load_key,
     load_value,
-    value_scale,
 )
 from refimpl.engine.maths import vexp
 from refimpl.engine.running import (
@@ -58,9 +59,10 @@ SPLIT = 512
 """Positions whose softmax is formed at once."""
 STATE = 64
 """Bytes behind a head's values in its state: the largest score, and the sum of exponentials."""
-_SCORES = 4 * SPLIT + 64  # bytes of a head's scores; no power of two, for the caches' sake
 _PAIR = 32  # positions of a pass over the keys
 _PART = 64  # positions of a pass over the values
+_ROOM = 4 * SPLIT  # where scaled weights of a part lie behind a head's scores
+_SCORES = _ROOM + 4 * _PART + 64  # bytes of these; no power of two, for the caches' sake
 _MINUS_INFINITY = np.float32(-math.inf)
 # Query heads of a pass; each has two running sums.
 _MANY, _SOME, _FEW = RunningSums("12", 12), RunningSums("8", 8), RunningSums("4", 4)
@@ -137,7 +139,7 @@ def _pass(kv, sums, q, lanes, record, place, low, high, state, scores):
     base = low // SPLIT * SPLIT
     _scores(kv, sums, q, lanes, record, place, low, high, scores - 4 * base)
     _softmaxes(sums, low, high, scores - 4 * base, state, lanes)
-    _weighted(kv, sums, lanes, record, place, low, high, scores - 4 * base, state)
+    _weighted(kv, sums, lanes, record, place, low, high, scores, state)
 
 
 @device(types.void)
@@ -151,18 +153,19 @@ def _scores(kv, sums, q, lanes, record, place, low, high, scores):
         group_b = (place + (position + 16) % slots) // 16  # slots are a multiple of 16
         a, b = zero_sums(sums), zero_sums(sums)
         for block in range(blocks):
-            scale_a = key_scale(kv, scales, group_a * blocks + block)
-            scale_b = key_scale(kv, scales, group_b * blocks + block)
+            part_a, part_b = begin_block(kv, sums, a), begin_block(kv, sums, b)
             first_a, first_b = group_a * lanes + 32 * block, group_b * lanes + 32 * block
             at = q + 128 * block
             for d in range(0, 32, 2):
                 fetch_ahead(kv, keys, (first_a + d + 2 * lanes) * 16)
                 fetch_ahead(kv, keys, (first_b + d + 2 * lanes) * 16)
                 for i in range(d, d + 2):
-                    key_a = load_key(kv, keys, first_a + i, scale_a)
-                    key_b = load_key(kv, keys, first_b + i, scale_b)
-                    a = add_products(a, key_a, at + 4 * i, 4 * lanes)
-                    b = add_products(b, key_b, at + 4 * i, 4 * lanes)
+                    key_a = load_key(kv, keys, first_a + i)
+                    key_b = load_key(kv, keys, first_b + i)
+                    part_a = add_products(part_a, key_a, at + 4 * i, 4 * lanes)
+                    part_b = add_products(part_b, key_b, at + 4 * i, 4 * lanes)
+            a = end_block(kv, a, part_a, scales, group_a * blocks + block)
+            b = end_block(kv, b, part_b, scales, group_b * blocks + block)
         store_sums(scale_sums(a, factor), scores + 4 * position, _SCORES)
         store_sums(scale_sums(b, factor), scores + 4 * position + 64, _SCORES)
 
@@ -206,22 +209,23 @@ def _weighted(kv, sums, lanes, record, place, low, high, weights, state):
     """Add each position's value, times its weight, to the heads' sums, in ascending order."""
     values, scales = field(record, Kv.VALUES), field(record, Kv.VALUE_SCALES)
     slots, blocks = field(record, Kv.SLOTS), lanes // 32
-    stride = 4 * lanes + STATE
+    stride, base = 4 * lanes + STATE, low // SPLIT * SPLIT
     position = low
     while position <= high:
         slot = position % slots
-        count = min(_PART, high + 1 - position, slots - slot)
-        first = place + slot
+        count = min(_PART - position % _PART, high + 1 - position, slots - slot)
+        first, part = place + slot, weights + 4 * (position - base)
         for block in range(blocks):
             to = state + 128 * block
+            scaled = block_weights(kv, part, scales, first, count, block, blocks, count_of(sums),
+                                   _SCORES, weights + _ROOM)  # fmt: skip
             a, b = load_sums(sums, to, stride), load_sums(sums, to + 64, stride)
             for i in range(count):
                 lane = (first + i) * lanes + 32 * block
-                at = weights + 4 * (position + i)
+                at = scaled + 4 * i
                 fetch_ahead(kv, values, lane + _PART * lanes)
-                scale = value_scale(kv, scales, (first + i) * blocks + block)
-                a = add_products(a, load_value(kv, values, lane, scale), at, _SCORES)
-                b = add_products(b, load_value(kv, values, lane + 16, scale), at, _SCORES)
+                a = add_products(a, load_value(kv, values, lane), at, _SCORES)
+                b = add_products(b, load_value(kv, values, lane + 16), at, _SCORES)
             store_sums(a, to, stride)
             store_sums(b, to + 64, stride)
         position += count

@@ -59,7 +59,7 @@ class LayerKv:
             ("keys", value, (g, slots // GROUP, lanes, GROUP)),
             ("values", value, (g, slots, lanes)),
             ("key_scales", np.dtype(np.float16), (g, slots // GROUP, blocks, GROUP)),
-            ("value_scales", np.dtype(np.float16), (g, slots, blocks)),
+            ("value_scales", np.dtype(np.float16), (g, slots // GROUP, blocks, GROUP)),
         )
         self._views: dict[str, Array] = {
             name: part.view(dtype).reshape(shape)

@@ -3,7 +3,8 @@
 Cache layout of one layer, S slots (a multiple of 16), g KV heads, D lanes: keys as
 [g][S/16][D][16], sixteen positions side by side, so that scores need no horizontal sums; values as
 [g][S][D]. Position p lies in slot p mod S: a ring if S is less than the context. Types: f16, f32,
-and q8_0 (int8 with one float16 scale for 32 lanes, kept in an array of its own).
+and q8_0 (int8 with one float16 scale for 32 lanes, kept in arrays of their own, [g][S/16][D/32][16]
+for keys and for values).
 """
 
 from __future__ import annotations
@@ -17,21 +18,19 @@ from numba import types
 
 from refimpl.engine.fields import Kv, field
 from refimpl.engine.jit import cfunc, njit, overload
+from refimpl.engine.running import add_sums, zero_sums
 from refimpl.engine.simd import Parameter, Simd
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
     I8x16,
-    I16x16,
     I32x16,
     convert,
     load,
     load_f32,
     load_i8,
-    load_u16,
     prefetch,
     reduce_max,
-    reinterpret,
     splat,
     stack,
     store,
@@ -41,7 +40,6 @@ from refimpl.engine.vec import (
     vabs,
     vmax,
     vround,
-    zeros,
 )
 
 _INLINE = {"forceinline": True}
@@ -67,24 +65,24 @@ class KvType(Parameter):
 KV_TYPES = {k.name: k for k in (KvType("f16", 2), KvType("f32", 4), KvType("q8_0", 1, True))}
 
 
-def key_scale(kv: Any, scales: int, block: int) -> Any:
-    """Scales of 32 lanes of the 16 keys of a slot group, as F32x16."""
+def load_key(kv: Any, keys: int, lane: int) -> Any:
+    """One lane of the 16 keys of a slot group, as F32x16, q8_0 without their scales; lanes are
+    counted from the array's beginning on."""
     raise NotImplementedError("only called from compiled kernels")
 
 
-def load_key(kv: Any, keys: int, lane: int, scale: Any) -> Any:
-    """One lane of the 16 keys of a slot group, as F32x16; lanes and blocks of scales are counted
-    from the array's beginning on."""
+def load_value(kv: Any, values: int, lane: int) -> Any:
+    """Lanes `lane`..`lane`+15 of a value; as `load_key`."""
     raise NotImplementedError("only called from compiled kernels")
 
 
-def value_scale(kv: Any, scales: int, block: int) -> Any:
-    """Scale of 32 lanes of a value, as F32x16."""
+def begin_block(kv: Any, sums: Any, total: Any) -> Any:
+    """The sums to which products with 32 lanes of keys are added."""
     raise NotImplementedError("only called from compiled kernels")
 
 
-def load_value(kv: Any, values: int, lane: int, scale: Any) -> Any:
-    """Lanes `lane`..`lane`+15 of a value, as F32x16; counted as for keys."""
+def end_block(kv: Any, total: Any, part: Any, scales: int, block: int) -> Any:
+    """The total with these sums, which have the scales of the keys' block."""
     raise NotImplementedError("only called from compiled kernels")
 
 
@@ -103,56 +101,55 @@ def store_value(kv: Any, values: int, scales: int, slot: int, row: int, lanes: i
     raise NotImplementedError("only called from compiled kernels")
 
 
-@overload(key_scale, jit_options=_INLINE)
-def _key_scale(kv, scales, block):
-    def none(kv, scales, block):
-        return zeros(F32x16)
-
-    def sixteen(kv, scales, block):
-        return convert(F32x16, load(F16x16, scales + block * 32))
-
-    return sixteen if kv.parameter.scaled else none
-
-
-@overload(value_scale, jit_options=_INLINE)
-def _value_scale(kv, scales, block):
-    def none(kv, scales, block):
-        return zeros(F32x16)
-
-    def one(kv, scales, block):
-        # not by a scalar: LLVM's load of one depends on a register that it takes at random
-        bits = splat(I16x16, types.int16(load_u16(scales + block * 2)))
-        return convert(F32x16, reinterpret(F16x16, bits))
-
-    return one if kv.parameter.scaled else none
-
-
 @overload(load_key, jit_options=_INLINE)
-def _load_key(kv, keys, lane, scale):
-    def f16(kv, keys, lane, scale):
+def _load_key(kv, keys, lane):
+    def f16(kv, keys, lane):
         return convert(F32x16, load(F16x16, keys + lane * 32))
 
-    def f32(kv, keys, lane, scale):
+    def f32(kv, keys, lane):
         return load(F32x16, keys + lane * 64)
 
-    def q8_0(kv, keys, lane, scale):
-        return convert(F32x16, load(I8x16, keys + lane * 16)) * scale
+    def q8_0(kv, keys, lane):
+        return convert(F32x16, load(I8x16, keys + lane * 16))
 
     return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
 
 
 @overload(load_value, jit_options=_INLINE)
-def _load_value(kv, values, lane, scale):
-    def f16(kv, values, lane, scale):
+def _load_value(kv, values, lane):
+    def f16(kv, values, lane):
         return convert(F32x16, load(F16x16, values + lane * 2))
 
-    def f32(kv, values, lane, scale):
+    def f32(kv, values, lane):
         return load(F32x16, values + lane * 4)
 
-    def q8_0(kv, values, lane, scale):
-        return convert(F32x16, load(I8x16, values + lane)) * scale
+    def q8_0(kv, values, lane):
+        return convert(F32x16, load(I8x16, values + lane))
 
     return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
+
+
+@overload(begin_block, jit_options=_INLINE)
+def _begin_block(kv, sums, total):
+    def on(kv, sums, total):
+        return total
+
+    def anew(kv, sums, total):
+        return zero_sums(sums)
+
+    return anew if kv.parameter.scaled else on
+
+
+@overload(end_block, jit_options=_INLINE)
+def _end_block(kv, total, part, scales, block):
+    def on(kv, total, part, scales, block):
+        return part
+
+    def scaled(kv, total, part, scales, block):
+        scale = convert(F32x16, load(F16x16, scales + block * 32))
+        return add_sums(total, part, scale)
+
+    return scaled if kv.parameter.scaled else on
 
 
 @overload(fetch_ahead, jit_options=_INLINE)
@@ -167,6 +164,37 @@ def _fetch_ahead(kv, array, value):
         prefetch(array + value * size + 64)
 
     return two if size == 4 else one
+
+
+def block_weights(
+    kv: Any, weights: int, scales: int, first: int, count: int, block: int, blocks: int, heads: int,
+    stride: int, room: int,
+) -> Any:  # fmt: skip
+    """Where the weights of `count` positions lie for one block of 32 lanes of their values: for
+    q8_0 in `room`, with the values' scales.
+
+    Args:
+        weights: of the first position and head, those of the next head `stride` bytes on.
+        first: the first position's slot among all heads' slots.
+    """
+    raise NotImplementedError("only called from compiled kernels")
+
+
+@overload(block_weights, jit_options=_INLINE)
+def _block_weights(kv, weights, scales, first, count, block, blocks, heads, stride, room):
+    def same(kv, weights, scales, first, count, block, blocks, heads, stride, room):
+        return weights
+
+    def scaled(kv, weights, scales, first, count, block, blocks, heads, stride, room):
+        begin = first // 16 * 16
+        for slot in range(begin, first + count, 16):
+            scale = convert(F32x16, load(F16x16, scales + (slot // 16 * blocks + block) * 32))
+            for head in range(heads):
+                at = head * stride + 4 * (slot - first)
+                store(room + head * stride + 4 * (slot - begin), load(F32x16, weights + at) * scale)
+        return room + 4 * (first - begin)
+
+    return scaled if kv.parameter.scaled else same
 
 
 @njit(forceinline=True)
@@ -216,9 +244,10 @@ def _store_value(kv, values, scales, slot, row, lanes):
             store(values + (slot * lanes + d) * 4, load(F32x16, row + 4 * d))
 
     def q8_0(kv, values, scales, slot, row, lanes):
-        at, to = values + slot * lanes, scales + slot * (lanes // 32) * 2
+        at = values + slot * lanes
+        to = scales + slot // 16 * (lanes // 32) * 32 + slot % 16 * 2
         for block in range(lanes // 32):
-            store_f16(to + 2 * block, _quantise(row + 128 * block, at + 32 * block))
+            store_f16(to + 32 * block, _quantise(row + 128 * block, at + 32 * block))
 
     return {"f16": f16, "f32": f32, "q8_0": q8_0}[kv.parameter.name]
 

@@ -95,6 +95,20 @@ def scale_sums(typingctx, sums, vector):
 
 
 @intrinsic
+def add_sums(typingctx, sums, others, vector):
+    """Each sum plus another times a vector, rounded once."""
+
+    def emit(context, builder, signature, args):
+        pairs = zip(*(cgutils.unpack_tuple(builder, value) for value in args[:2]), strict=True)
+        kind, made = F32x16.llvm, []
+        for value, other in pairs:
+            made.append(call(builder, "llvm.fma.v16f32", kind, [other, args[2], value]))
+        return cgutils.pack_array(builder, made)
+
+    return sums(sums, others, vector), emit
+
+
+@intrinsic
 def add_products(typingctx, sums, vector, address, stride):
     """Add to the i-th sum the vector times the float32 at `address` + i `stride`, rounded once."""
 
