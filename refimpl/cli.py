@@ -45,7 +45,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Continue a prompt.")
 @click.argument("prompt", required=False)
 @click.option(
     "--model",

@@ -19,7 +19,7 @@ def _list(*flags: str, default: str, help: str) -> Any:
     )
 
 
-@click.command()
+@click.command(short_help="Speed of prefill and decoding, as llama-bench has it.")
 @click.option("-m", "--model", default="mini", metavar="PATH|mini", show_default=True,
               help="GGUF file, Hugging Face folder, or the embedded model.")  # fmt: skip
 @_list("-p", "--n-prompt", default="512", help="Prompt lengths (pp); 0 for none.")

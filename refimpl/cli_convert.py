@@ -19,7 +19,7 @@ TYPES = [
 ]  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Write a checkpoint in another form or type.")
 @click.argument("src")
 @click.argument("out")
 @click.option(
@@ -34,7 +34,12 @@ TYPES = [
 @click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
 @click.option("--name", metavar="TEXT", help="general.name of a GGUF file [default: SRC's name].")
 @click.option("--force", is_flag=True, help="Replace a GGUF file that is there already.")
-@click.option("--threads", type=click.IntRange(1, 256), metavar="N", help="Threads that quantise.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Threads that quantise. [default: physical cores]",
+)
 @click.pass_context
 def convert(
     ctx: click.Context,

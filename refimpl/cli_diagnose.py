@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DIFFERS = 1
 
 
-@click.command()
+@click.command(short_help="Name the mistake behind another program's numbers.")
 @click.argument("candidate", required=False)
 @click.option("--model", metavar="PATH|mini", help="The checkpoint that CANDIDATE was made from.")
 @click.option(
@@ -37,7 +37,7 @@ DIFFERS = 1
     show_default=True,
     help="Arithmetic of the reference.",
 )
-@click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+@click.option("--threads", type=int, metavar="N", help="Threads. [default: physical cores]")
 @click.option("--list", "listing", is_flag=True, help="List the known mistakes with sources.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.pass_context

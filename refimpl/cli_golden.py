@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 DIFFERS = 1
 
 
-@click.group(cls=SentenceGroup, lazy={"diagnose": "refimpl.cli_diagnose:diagnose"})
+@click.group(
+    cls=SentenceGroup,
+    short_help="Dump, compare and diagnose what every layer computes.",
+    lazy={"diagnose": "refimpl.cli_diagnose:diagnose"},
+)
 def golden() -> None:
     """Dump and compare what a run computes at every layer, and name the mistake behind a gap.
 
@@ -29,7 +33,7 @@ def golden() -> None:
     """
 
 
-@golden.command()
+@golden.command(short_help="Write down what a run computes.")
 @click.option("--model", required=True, metavar="PATH|mini", help="Checkpoint to run.")
 @click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")
 @click.option("--tokens", required=True, metavar="FILE", help="Prompt: a JSON list of token ids.")
@@ -50,7 +54,7 @@ def golden() -> None:
 )
 @click.option("--new", type=int, default=0, metavar="N", help="Greedy tokens after the prompt.")
 @click.option("--chunk", type=int, metavar="C", help="Prefill C tokens at a time (default: all).")
-@click.option("--threads", type=int, metavar="N", help="Threads of the matrix products.")
+@click.option("--threads", type=int, metavar="N", help="Threads. [default: physical cores]")
 @click.option(
     "--layers", metavar="A:B", help="Only trunk layers A to B-1; only their shards are read."
 )
@@ -106,7 +110,7 @@ def dump(
       refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 0:4 --out 0.npz
       refimpl golden dump --model Step-3.5-Flash --tokens ids.json --layers 4:8 \\
         --hidden-in 0.npz --out 4.npz
-      refimpl golden dump --model step-q4_k_s.gguf --backend engine --exact --tokens ids.json \
+      refimpl golden dump --model step-q4_k_s.gguf --backend engine --exact --tokens ids.json \\
         --layers 0:4 --out 0.npz
     """
     from refimpl.backends import EngineOptions, open_model
@@ -208,7 +212,7 @@ def _command(dtype: str, backend: str, new: int, chunk: int | None) -> str:
     return f"refimpl golden dump --dtype {dtype} --backend {backend} --new {new}{chunks}"
 
 
-@golden.command()
+@golden.command(short_help="Name the first layer in which two runs part.")
 @click.argument("a")
 @click.argument("b")
 @click.option(

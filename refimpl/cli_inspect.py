@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 UNUSABLE = 1
 
 
-@click.command()
+@click.command(short_help="What a checkpoint is, holds and lacks.")
 @click.argument("model", metavar="PATH|mini")
 @click.option("--check", is_flag=True, help="Read every block and look for damage.")
 @click.option("--mtp-model", metavar="PATH", help="Second checkpoint that holds the MTP layers.")

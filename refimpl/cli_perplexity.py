@@ -24,7 +24,7 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         memory_option,
-        click.option("--threads", type=int, metavar="N", help="Threads of the matrix products."),
+        click.option("--threads", type=int, metavar="N", help="Threads. [default: physical cores]"),
         click.option(
             "--exact", is_flag=True, help="Engine: no int8 activations, f32 keys and values."
         ),
@@ -54,7 +54,7 @@ def text_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(short_help="Perplexity on a text, distance from another model.")
 @text_options
 @click.option("--against", metavar="PATH|mini", help="The base to compare with, such as BF16.")
 @click.option(

@@ -11,13 +11,20 @@ from refimpl.cli_perplexity import opened, text_ids, text_options
 from refimpl.cli_support import progress_bar
 
 
-@click.command()
+@click.command(short_help="Drafts accepted and experts used on a text.")
 @text_options
 @click.option("--loops", type=int, default=8, show_default=True, metavar="N",
               help="Places that the real draft-and-verify loop continues.")  # fmt: skip
 @click.option("--new-tokens", type=int, default=64, show_default=True, metavar="N",
               help="Tokens of each such continuation.")  # fmt: skip
-@click.option("--seed", type=int, default=1, show_default=True, help="Seed of sampled text.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    metavar="S",
+    help="Seed of sampled text.",
+)
 @click.pass_context
 def stats(ctx: click.Context, loops: int, new_tokens: int, seed: int, **given: Any) -> None:
     """Count what a model does on a text: drafts that stand, experts that are used.

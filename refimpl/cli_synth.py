@@ -17,7 +17,7 @@ _TYPES = [
 _SLICE = {"experts": 64, "vocab": 16384}
 
 
-@click.command()
+@click.command(short_help="Write a random checkpoint.")
 @click.argument("out")
 @click.option(
     "--preset",
@@ -37,7 +37,14 @@ _SLICE = {"experts": 64, "vocab": 16384}
     "rest bf16, as published); in a GGUF file any but fp8, of which q4_k_s (the official "
     "file's), q4_k_m and q5_k_m are mixtures (tiny presets: those of convert).",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, metavar="S")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    metavar="S",
+    help="Seed of the weights.",
+)
 @click.option("--experts", type=int, metavar="N", help="Experts of the slice. [default: 64]")
 @click.option("--vocab", type=int, metavar="N", help="Its vocabulary. [default: 16384]")
 @click.option("--mtp", type=int, metavar="N", help="MTP layers [default: tiny all, others 0].")

@@ -131,7 +131,8 @@ def checked(message: Mapping[str, Any]) -> dict[str, Any]:
     """
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise InputError(f"the role is {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
+        found = "missing" if role is None else repr(str(role)[:40])
+        raise InputError(f"the role is {found}, expected one of {', '.join(ROLES)}")
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
