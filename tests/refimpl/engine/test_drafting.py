@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+from refimpl.backend import Array
+from refimpl.engine.caches import EngineCache
 from refimpl.engine.model import EngineModel
 from refimpl.engine.rotations import Rotations
 from refimpl.reference.rope import angles
@@ -16,54 +19,53 @@ Engine = Callable[..., EngineModel]
 Prompt = Callable[[int], list[int]]
 
 
-def drafts_after(model: EngineModel, cache, ids: list[int], at: int, chosen: list[int]):  # type: ignore[no-untyped-def]
-    """Logits of three drafts behind ids[:at], which the cache holds but for the newest."""
-    seen: list[np.ndarray] = []
+def drafts_after(
+    model: EngineModel,
+    cache: EngineCache,
+    hidden: Array,
+    ids: list[int],
+    at: int,
+    chosen: list[int],
+) -> Array:
+    """Logits (3, V) of three drafts behind ids[:at], of which the trunk has run all but the newest
+    and given the rows `hidden` (at - 1, H); `chosen` are taken for them."""
+    seen: list[Array] = []
 
-    def choose(logits: np.ndarray) -> int:
+    def choose(logits: Array) -> int:
         seen.append(logits)
         return chosen[len(seen) - 1]
 
     first = cache.mtp.rows
-    hidden = cache_rows[id(cache)][first : at - 1]
-    model.draft(cache, hidden, ids[first + 1 : at], 3, choose)
+    model.draft(cache, hidden[first:], ids[first + 1 : at], 3, choose)
     return np.stack(seen)
-
-
-cache_rows: dict[int, np.ndarray] = {}
-
-
-def filled(model: EngineModel, ids: list[int]):  # type: ignore[no-untyped-def]
-    """A cache that the trunk has run `ids` into, and no MTP layer has seen."""
-    cache = model.new_cache(64)
-    cache_rows[id(cache)] = model.prefill(ids, cache).hidden
-    return cache
 
 
 @pytest.mark.parametrize("stood", range(4))
 def test_rows_of_drafts_that_stood_are_not_run_again(
-    engine: Engine, prompt: Prompt, stood: int
+    engine: Engine, prompt: Prompt, stood: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next drafts have the bits that they have when every row is run anew."""
     model, ids = engine("tiny_a", "q8_0"), prompt(30)
-    text, next_at = ids[:20], 21 + stood
     guesses = [t if i < stood else (t + 1) % 320 for i, t in enumerate(ids[20:23])]
     logits, rows = [], []
     for forget in (False, True):
         cache = model.new_cache(64)
-        cache_rows[id(cache)] = model.prefill(text[:-1], cache).hidden
-        drafts_after(model, cache, ids, 20, guesses)
-        step = model.decode(ids[19 : next_at - 1], cache)
-        cache_rows[id(cache)] = np.concatenate([cache_rows[id(cache)], step.hidden])
+        hidden = model.prefill(ids[:19], cache).hidden
+        drafts_after(model, cache, hidden, ids, 20, guesses)
+        more = model.decode(ids[19 : 20 + stood], cache).hidden
         if forget:
             cache.mtp.restore(cache.mtp.snapshot())
-        before = model.program.runs.total()
-        counted: list[int] = []
-        run = model.program.run
-        model.program.run = lambda h, *a, run=run, to=counted: (to.append(len(h)), run(h, *a))[1]  # type: ignore[method-assign,misc]
-        logits.append(drafts_after(model, cache, ids, next_at, [1, 2, 3]))
-        model.program.run = run  # type: ignore[method-assign]
-        assert model.program.runs.total() - before == 3
+        with monkeypatch.context() as patch:
+            counted: list[int] = []
+            run = model.program.run
+
+            def counting(u: Array, *rest: Any, run: Any = run, to: list[int] = counted) -> Any:
+                to.append(len(u))
+                return run(u, *rest)
+
+            patch.setattr(model.program, "run", counting)
+            both = np.concatenate([hidden, more])
+            logits.append(drafts_after(model, cache, both, ids, 21 + stood, [1, 2, 3]))
         rows.append(counted)
     np.testing.assert_array_equal(logits[0], logits[1])
     new = 1 + stood
@@ -71,30 +73,30 @@ def test_rows_of_drafts_that_stood_are_not_run_again(
     assert rows[0] == [new, max(new, 2), max(new, 3)]
 
 
+def shortened(model: EngineModel, ids: list[int], noise: bool = False) -> tuple[EngineCache, Array]:
+    """A cache after ids[:30], and drafts that rest on the newest five rows of it."""
+    cache = model.new_cache(64)
+    older = model.prefill(ids[:29], cache).hidden
+    if noise:
+        for layer in cache.layers[model.config.num_hidden_layers :]:
+            layer.fill_synthetic(np.random.default_rng(1))
+    model.draft(cache, older, ids[1:30], 0, int)
+    cache.shorten_history(4)
+    hidden = np.concatenate([older, model.decode(ids[29:30], cache).hidden])
+    return cache, drafts_after(model, cache, hidden, ids, 31, [1, 2, 3])
+
+
 def test_a_shortened_history_is_all_that_drafts_rest_on(engine: Engine, prompt: Prompt) -> None:
     """Whatever lies in the MTP layers' caches before it: zeros, or random rows."""
     model, ids = engine("tiny_a", "q8_0"), prompt(40)
-    logits = []
-    for noise in (False, True):
-        cache = filled(model, ids[:30])
-        if noise:
-            for layer in cache.layers[model.config.num_hidden_layers :]:
-                layer.fill_synthetic(np.random.default_rng(1))
-        cache.mtp.rows = 29
-        cache.mtp.add(0, cache_rows[id(cache)][:29])
-        cache.shorten_history(4)
-        logits.append(drafts_after(model, cache, ids, 31, [1, 2, 3]))
-        assert [cache.mtp.first(k) for k in range(3)] == [25, 25, 25]
-    np.testing.assert_array_equal(logits[0], logits[1])
+    cache, drafts = shortened(model, ids)
+    assert [cache.mtp.first(k) for k in range(3)] == [25, 25, 25]
+    np.testing.assert_array_equal(drafts, shortened(model, ids, noise=True)[1])
 
 
 def test_a_state_keeps_where_a_shortened_history_begins(engine: Engine, prompt: Prompt) -> None:
     model, ids = engine("tiny_a", "q8_0"), prompt(40)
-    cache = filled(model, ids[:30])
-    cache.mtp.rows = 29
-    cache.mtp.add(0, cache_rows[id(cache)][:29])
-    cache.shorten_history(4)
-    drafts_after(model, cache, ids, 31, [1, 2, 3])
+    cache, _ = shortened(model, ids)
     again = model.new_cache(64)
     again.refill(cache.export())
     assert [again.mtp.first(k) for k in range(3)] == [25, 25, 25]
