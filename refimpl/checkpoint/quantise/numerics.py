@@ -21,8 +21,15 @@ TINY = np.float32(1e-30)
 
 
 def compiled(function: Any) -> Any:
-    """The function compiled by Numba on first use, kept on disk, run without Python's lock."""
-    return njit(function, cache=True, nogil=True, error_model="numpy")
+    """The function compiled by Numba on first use, run without Python's lock; kept on disk where
+    a folder for it can be written."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        return njit(function, **options)
 
 
 @compiled

@@ -20,7 +20,7 @@ from quantize_shared import CONFIGS, MINI, RECORD, SEED, compact, heavy_chunks, 
 from refimpl.checkpoint.block_types import block_type, encode
 from refimpl.checkpoint.mixtures import MIXTURES, mixture
 from refimpl.checkpoint.open import open_checkpoint
-from refimpl.checkpoint.quantise import LARGEST, quantise
+from refimpl.checkpoint.quantise import LARGEST, numerics, quantise
 from refimpl.checkpoint.synth import PRESETS, random_weights
 from refimpl.errors import CheckpointError
 from refimpl.inventory import gguf_inventory
@@ -198,3 +198,23 @@ def test_perplexity_equals_llamacpps_as_far_as_it_prints() -> None:
     ours, theirs = record["refimpl"], record["llamacpp"]
     assert f"{ours['final']:.4f}" == f"{theirs['final']:.4f}"
     assert np.abs(np.subtract(ours["running"], theirs["running"])).max() < 1e-4
+
+
+def test_where_nothing_can_be_written_quantisers_are_compiled_without_a_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = numerics.njit
+
+    def refuse(function: object, **options: object) -> object:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function 'twice': no locator available for file")
+        return real(function, **options)
+
+    def twice(x):
+        return 2 * x
+
+    monkeypatch.setattr(numerics, "njit", refuse)
+    assert numerics.compiled(twice)(21) == 42
+    monkeypatch.setattr(numerics, "njit", lambda *a, **o: pytest.fail("other errors"))
+    with pytest.raises(pytest.fail.Exception):
+        numerics.compiled(twice)
