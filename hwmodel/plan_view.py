@@ -218,8 +218,10 @@ def _sure(plan: Plan) -> list[str]:
     texts = [e.status + (f": {e.reason}" if e.reason else "") + _errors(plan)]
     if e.nearest is not None:
         texts.append(f"nearest measured run: {nearest_text(e.nearest)}")
-    unverified = plan.chosen.device.unverified()
-    used = [k for k in unverified if k.split(".")[0] in ("memory", "bandwidth", "flop", "links")]
+    parts = ("memory", "bandwidth", "flop", "links")
+    used = [k for k in plan.chosen.device.unverified() if k.split(".")[0] in parts]
+    if plan.chosen.count == 1:
+        used = [k for k in used if not k.startswith(("links.network", "links.device"))]
     if used:
         texts.append(f"not verified for {plan.chosen.device.name}: {', '.join(used)}")
     if plan.chosen.device.notes:

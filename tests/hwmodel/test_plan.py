@@ -341,3 +341,10 @@ def test_a_count_that_nothing_can_be_split_over_says_why() -> None:
     assert not found.holds
     assert found.has_nearest
     assert "99 devices for 45 layers" in found.problem
+
+
+def test_doubts_are_named_where_they_bear_on_the_plan(plans: dict[str, Plan]) -> None:
+    network = "links.network_bytes_per_s"
+    assert network in plans["m4max"].chosen.device.unverified()
+    assert network not in plan_text(plans["m4max"])  # one machine sends nothing to another
+    assert network in plan_text(plan("m4max", count=2))
