@@ -28,6 +28,16 @@ from refimpl.engine.bf16 import rounded
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import cfunc, njit
 from refimpl.engine.lanes import shuffler
+from refimpl.engine.loads import (
+    load,
+    load_f32,
+    load_i32,
+    load_i64,
+    store,
+    store_f32,
+    store_i32,
+    store_i64,
+)
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -39,17 +49,9 @@ from refimpl.engine.vec import (
     I32x16,
     convert,
     device,
-    load,
-    load_f32,
-    load_i32,
-    load_i64,
     reduce_add,
     reduce_max,
     splat,
-    store,
-    store_f32,
-    store_i32,
-    store_i64,
     vabs,
     vmax,
     vround,

@@ -33,11 +33,12 @@ from refimpl.engine.amx_emulated import (
     emulated_zero,
 )
 from refimpl.engine.jit import cfunc, intrinsic, njit
+from refimpl.engine.loads import load, load_i64, store, store_i8
 from refimpl.engine.simd import Parameter
 from refimpl.engine.tiles_codes import GROUP, TILE_ROWS
 from refimpl.engine.tiles_products import SIGNATURE
 from refimpl.engine.tiles_values import PAIR_GROUP
-from refimpl.engine.vec import I8x64, call, device, load, load_i64, pointer, store, store_i8, zeros
+from refimpl.engine.vec import I8x64, call, device, pointer, zeros
 
 PANEL_TOKENS = 32
 """Rows of activations of one call of a product."""

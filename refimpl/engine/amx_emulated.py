@@ -16,21 +16,16 @@ import numpy as np
 from numba import types
 
 from refimpl.engine.jit import njit
+from refimpl.engine.loads import load, load_i32, load_u8, load_u16, store, store_i8
 from refimpl.engine.vec import (
     F32x16,
     I8x64,
     I32x16,
     device,
     fma,
-    load,
-    load_i32,
-    load_u8,
-    load_u16,
     reinterpret,
     shift_left,
     splat,
-    store,
-    store_i8,
     where_less,
     zeros,
 )

@@ -28,6 +28,7 @@ from refimpl.engine.kv import (
     load_key,
     load_value,
 )
+from refimpl.engine.loads import load, store, store_f32
 from refimpl.engine.maths import vexp
 from refimpl.engine.running import (
     RunningSums,
@@ -44,12 +45,9 @@ from refimpl.engine.vec import (
     I32x16,
     device,
     lane_numbers,
-    load,
     reduce_add,
     reduce_max,
     splat,
-    store,
-    store_f32,
     vmax,
     where_less,
     zeros,

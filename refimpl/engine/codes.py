@@ -15,6 +15,7 @@ import numpy as np
 from refimpl.engine.formats import IQ4_VALUES
 from refimpl.engine.jit import njit, overload
 from refimpl.engine.lanes import bit_bytes, literal, shift_right_by, table_lookup
+from refimpl.engine.loads import load, load_f16, load_i8, load_u8, load_u16, load_u32
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
@@ -22,12 +23,6 @@ from refimpl.engine.vec import (
     I16x16,
     I32x16,
     convert,
-    load,
-    load_f16,
-    load_i8,
-    load_u8,
-    load_u16,
-    load_u32,
     reinterpret,
     shift_left,
     shift_right,

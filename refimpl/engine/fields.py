@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.engine.jit import njit
-from refimpl.engine.vec import load_f32, load_i64
+from refimpl.engine.loads import load_f32, load_i64
 
 
 class Matrix(IntEnum):

@@ -19,19 +19,10 @@ from refimpl.config import LayerSpec
 from refimpl.engine.attention import SPLIT, STATE, score_bytes
 from refimpl.engine.fields import Kv, Layer, Step, field
 from refimpl.engine.jit import njit
+from refimpl.engine.loads import load, load_f32, store, store_f32, store_i64
 from refimpl.engine.maths import copy_rows, exp_one, sigmoid_one
 from refimpl.engine.sync import call_address, fetch_add
-from refimpl.engine.vec import (
-    F32x16,
-    device,
-    fma,
-    load,
-    load_f32,
-    splat,
-    store,
-    store_f32,
-    store_i64,
-)
+from refimpl.engine.vec import F32x16, device, fma, splat
 from refimpl.engine.work import claim, claims
 
 STRETCH = 1024

@@ -27,6 +27,7 @@ from refimpl.engine.codes import codes32, floats32
 from refimpl.engine.formats import FORMATS, Format
 from refimpl.engine.jit import cfunc, njit
 from refimpl.engine.lanes import join_f32x4, join_i8x16
+from refimpl.engine.loads import load, load_f32, prefetch, store_f32
 from refimpl.engine.simd import Simd
 from refimpl.engine.vec import (
     F32x4,
@@ -36,12 +37,8 @@ from refimpl.engine.vec import (
     I32x8,
     convert,
     fma,
-    load,
-    load_f32,
-    prefetch,
     reduce_add,
     splat,
-    store_f32,
     zeros,
 )
 from refimpl.engine.x86 import dot32, sign_bytes

@@ -1,4 +1,4 @@
-"""Integer kernels for AVX512 with VNNI and VBMI: one template, eight block types.
+"""Integer kernels for AVX512 with VNNI, VBMI and GFNI: one template, eight block types.
 
 Products of unsigned codes and int8 activations (Q8_0: signed codes and unsigned activations) are
 summed in integers within a block, scaled in float32, and added to 16 lanes that are summed once
@@ -37,6 +37,16 @@ from refimpl.engine.lanes import (
     shuffler,
     with_last_i64,
 )
+from refimpl.engine.loads import (
+    load,
+    load_i64,
+    load_u8,
+    load_u16,
+    prefetch,
+    prefetch_once,
+    stack,
+    store_i8,
+)
 from refimpl.engine.simd import Simd
 from refimpl.engine.sums import Sums, added, added_all, keep, kept, put
 from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, super_codes
@@ -50,17 +60,9 @@ from refimpl.engine.vec import (
     I64x8,
     convert,
     fma,
-    load,
-    load_i64,
-    load_u8,
-    load_u16,
-    prefetch,
-    prefetch_once,
     reinterpret,
     shift_right,
     splat,
-    stack,
-    store_i8,
     zeros,
 )
 from refimpl.engine.x86 import (
@@ -93,7 +95,7 @@ def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
     size, values, x_size = blocks * block_bytes, blocks * fmt.block_values, activation_bytes(fmt)
     sums, most = Sums(count), _ACTIVATION_BYTES // (count * x_size)
     at_once, row_size = sums.weight_rows, sums.row_size
-    two = at_once > 1
+    two, partial = at_once > 1, blocks > 1
 
     @cfunc(SIGNATURE, **OPTIONS)
     def rows512(w, row_bytes, rows, columns, x0, x1, x2, x3, y0, y1, y2, y3, after):
@@ -133,7 +135,7 @@ def kernel512(simd: Simd, fmt: Format, count: int) -> Any:
                     if stop < whole:
                         keep(sums, place, total)
                         continue
-                    if rest:
+                    if partial and rest:
                         step = other = decoded(fmt, _copied(tail, at, rest * block_bytes, size))
                         if two:
                             at += second

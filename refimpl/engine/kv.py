@@ -18,6 +18,17 @@ from numba import types
 
 from refimpl.engine.fields import Kv, field
 from refimpl.engine.jit import cfunc, njit, overload
+from refimpl.engine.loads import (
+    load,
+    load_f32,
+    load_i8,
+    prefetch,
+    stack,
+    store,
+    store_f16,
+    store_f32,
+    store_i8,
+)
 from refimpl.engine.running import add_sums, zero_sums
 from refimpl.engine.simd import Parameter, Simd
 from refimpl.engine.vec import (
@@ -26,17 +37,8 @@ from refimpl.engine.vec import (
     I8x16,
     I32x16,
     convert,
-    load,
-    load_f32,
-    load_i8,
-    prefetch,
     reduce_max,
     splat,
-    stack,
-    store,
-    store_f16,
-    store_f32,
-    store_i8,
     vabs,
     vmax,
     vround,

@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from refimpl.engine.jit import njit
+from refimpl.engine.loads import load, load_f32, store, store_f32
 from refimpl.engine.vec import (
     F32x8,
     F32x16,
@@ -20,14 +21,10 @@ from refimpl.engine.vec import (
     convert,
     device,
     fma,
-    load,
-    load_f32,
     reduce_add,
     reinterpret,
     shift_left,
     splat,
-    store,
-    store_f32,
     vmax,
     vmin,
     vround,

@@ -16,10 +16,7 @@ import numpy as np
 from numba import types
 
 from refimpl.engine.fields import Layer, Matrix, Step, field, float_field
-from refimpl.engine.maths import add_rows, add_scaled, fill_zero, vsigmoid
-from refimpl.engine.vec import (
-    F32x16,
-    device,
+from refimpl.engine.loads import (
     load,
     load_f32,
     load_i64,
@@ -29,6 +26,8 @@ from refimpl.engine.vec import (
     store_i8,
     store_i64,
 )
+from refimpl.engine.maths import add_rows, add_scaled, fill_zero, vsigmoid
+from refimpl.engine.vec import F32x16, device
 from refimpl.engine.work import (
     claim,
     claims,

@@ -14,11 +14,12 @@ import numpy as np
 from numba import types
 
 from refimpl.engine.jit import cfunc
+from refimpl.engine.loads import load, load_i64, prefetch, store_i64
 from refimpl.engine.memory import address, require_memory, zeroed
 from refimpl.engine.simd import Simd, choose_simd
 from refimpl.engine.sync import barrier
 from refimpl.engine.threads import Team
-from refimpl.engine.vec import I32x16, load, load_i64, prefetch, reduce_add, store_i64, zeros
+from refimpl.engine.vec import I32x16, reduce_add, zeros
 
 _STREAMS = 4
 _AHEAD = 4096

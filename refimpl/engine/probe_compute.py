@@ -18,13 +18,13 @@ from refimpl.engine.activations import form_bytes
 from refimpl.engine.formats import FORMATS
 from refimpl.engine.jit import cfunc
 from refimpl.engine.kernels import kernel
+from refimpl.engine.loads import load_i64
 from refimpl.engine.memory import address, zeroed
 from refimpl.engine.simd import Simd, choose_simd
 from refimpl.engine.sync import barrier, call_address
 from refimpl.engine.threads import Team
 from refimpl.engine.tiles import tiling
 from refimpl.engine.tiles_codes import TILE_ROWS
-from refimpl.engine.vec import load_i64
 
 KERNEL_DTYPES = ("int8", "bf16")
 _COLUMNS = 4096  # the published model's hidden size

@@ -25,9 +25,9 @@ from refimpl.errors import InputError
 SIMD_NAMES = ("avx512", "avx2", "portable")
 _COMPILED = (
     "activations", "amx", "amx_emulated", "attention", "bf16", "codes", "fields", "formats",
-    "heads", "jit", "kernels", "kernels512", "kv", "lanes", "maths", "moe", "running", "simd",
-    "step", "sums", "supers", "sync", "tiles", "tiles_codes", "tiles_products", "tiles_values",
-    "vec", "work", "x86",
+    "heads", "jit", "kernels", "kernels512", "kv", "lanes", "loads", "maths", "moe", "running",
+    "simd", "step", "sums", "supers", "sync", "tiles", "tiles_codes", "tiles_products",
+    "tiles_values", "vec", "work", "x86",
 )  # fmt: skip
 _ENVIRONMENT = "REFIMPL_SIMD"
 _NEEDS = {

@@ -24,6 +24,7 @@ from refimpl.engine.fields import (
 )
 from refimpl.engine.heads import heads_phase
 from refimpl.engine.jit import cfunc
+from refimpl.engine.loads import load_i64, store_i64
 from refimpl.engine.maths import rms_norm, rotate
 from refimpl.engine.moe import (
     expert_down_phase,
@@ -33,7 +34,7 @@ from refimpl.engine.moe import (
 )
 from refimpl.engine.simd import Simd
 from refimpl.engine.sync import call_address, wait_until
-from refimpl.engine.vec import device, load_i64, store_i64
+from refimpl.engine.vec import device
 from refimpl.engine.work import (
     adding_phase,
     begin,

@@ -13,19 +13,9 @@ import numpy as np
 
 from refimpl.engine.jit import njit, overload
 from refimpl.engine.lanes import lane, shuffler
+from refimpl.engine.loads import load, store, store_f32, store_i32, store_i64
 from refimpl.engine.simd import Parameter
-from refimpl.engine.vec import (
-    F32x16,
-    I64x8,
-    load,
-    reduce_add,
-    reinterpret,
-    store,
-    store_f32,
-    store_i32,
-    store_i64,
-    zeros,
-)
+from refimpl.engine.vec import F32x16, I64x8, reduce_add, reinterpret, zeros
 
 _INLINE = {"forceinline": True}
 

@@ -18,6 +18,7 @@ from refimpl.engine.lanes import (
     shuffler,
     where_bits,
 )
+from refimpl.engine.loads import load, load_f16, load_i64, load_u16, load_u32
 from refimpl.engine.vec import (
     F16x8,
     F32x16,
@@ -29,11 +30,6 @@ from refimpl.engine.vec import (
     I64x8,
     convert,
     fma,
-    load,
-    load_f16,
-    load_i64,
-    load_u16,
-    load_u32,
     reinterpret,
     shift_left,
     shift_right,

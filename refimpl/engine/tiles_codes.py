@@ -23,6 +23,7 @@ from refimpl.engine.codes import codes32
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import njit, overload
 from refimpl.engine.lanes import join_i32x8, shuffler
+from refimpl.engine.loads import load, prefetch, stack, store, store_f32
 from refimpl.engine.simd import Parameter, Simd
 from refimpl.engine.supers import super_codes
 from refimpl.engine.vec import (
@@ -32,13 +33,8 @@ from refimpl.engine.vec import (
     I32x8,
     I32x16,
     device,
-    load,
-    prefetch,
     reinterpret,
     splat,
-    stack,
-    store,
-    store_f32,
     zeros,
 )
 from refimpl.engine.x86 import dot32, dot64

@@ -19,6 +19,7 @@ from refimpl.engine.codes import codes32, floats32
 from refimpl.engine.formats import Format
 from refimpl.engine.jit import njit, overload
 from refimpl.engine.lanes import shuffler
+from refimpl.engine.loads import load, prefetch, stack, store
 from refimpl.engine.simd import Simd
 from refimpl.engine.tiles_codes import CODES, TILE_ROWS, filling_codes, layout_of, transposed
 from refimpl.engine.vec import (
@@ -27,13 +28,9 @@ from refimpl.engine.vec import (
     convert,
     device,
     fma,
-    load,
-    prefetch,
     shift_left,
     shift_right_signed,
     splat,
-    stack,
-    store,
     zeros,
 )
 

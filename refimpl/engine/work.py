@@ -17,11 +17,12 @@ from numba import types
 
 from refimpl.engine.fields import Matrix, Step, field
 from refimpl.engine.jit import njit
+from refimpl.engine.loads import load_i64, store_i64
 from refimpl.engine.maths import add_rows, swiglu
 from refimpl.engine.sync import barrier, call_address, fetch_add, wait_until
 from refimpl.engine.tiles import MANY
 from refimpl.engine.tiles_codes import TILE_ROWS
-from refimpl.engine.vec import device, load_i64, store_i64
+from refimpl.engine.vec import device
 
 MAX_CHUNK = 256
 """Most rows of one unit."""
