@@ -60,6 +60,9 @@ def bench(model: str, output: str, as_json: bool, **given: Any) -> None:
     With --mtp the loop of 'refimpl generate' is timed, with sampling, drafting and rollbacks;
     of several numbers of drafts the generations take turns.
 
+    REFIMPL_SIMD (avx512, avx2, portable) forces an instruction set, REFIMPL_AMX (on, off, emulate)
+    decides on AMX in prefill.
+
     \b
     Examples:
       refimpl bench -p 512 -n 128 -d 0,4096
