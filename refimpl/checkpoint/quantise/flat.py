@@ -91,8 +91,8 @@ def _from_least(x: Any, top: Any, codes: Any, out: Any) -> None:
 
 @compiled
 def quantise_flat(x: Any, out: Any, kind: Any) -> None:
-    """x (blocks, 32) float32 to blocks of Q8_0 (kind 80, 34 bytes), Q4_0 (40, 18 bytes), Q5_0 (50,
-    22 bytes) or Q5_1 (51, 24 bytes)."""
+    """x (blocks, 32) float32 to blocks of Q8_0 (kind 80, 34 bytes), Q4_0 (40, 18 bytes), Q4_1 (41,
+    20 bytes), Q5_0 (50, 22 bytes) or Q5_1 (51, 24 bytes)."""
     codes = np.empty(BLOCK, np.uint8)
     for b in range(len(x)):
         if kind == 80:
