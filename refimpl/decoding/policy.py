@@ -130,8 +130,9 @@ class AutoDepth:
 
     What steps with drafts lose against plain ones is summed up, gains making up for losses before
     them. No step with drafts is made that is expected to bring this sum above `ALLOWANCE` plain
-    steps and the share `BUDGET` of the run: so much, and one step, a run can be slower than
-    without drafts, whatever happens.
+    steps and the share `BUDGET` of the run: so much, and what one step more loses, a run can be
+    slower than without drafts. A step that took far longer than any at its depth should, held up
+    by something else, is counted as a long one only.
 
     Args:
         max_depth: the most drafts.

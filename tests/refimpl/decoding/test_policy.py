@@ -155,7 +155,7 @@ def test_a_slow_first_trial_is_repaired_by_later_ones() -> None:
     """The first step with drafts may have to touch memory for the first time."""
     policy, first = AutoDepth(1, [1.1]), [50.0]
     used = [depths(policy, lambda k: first.pop() if k and first else CHEAP[k]) for _ in range(800)]
-    assert used[-20:] == [1] * 20
+    assert used[-20:].count(1) >= 19  # now and then a plain step, to compare with
 
 
 @pytest.mark.parametrize("limit", range(4))
