@@ -25,6 +25,7 @@ from hwmodel.engines import load_engine
 from hwmodel.errors import RequestError
 from hwmodel.quant import load_quant
 from hwmodel.quantity import read_quantity
+from hwmodel.request import backend_of
 from hwmodel.run import DeviceCount, EngineChoice, Placement, RunConfig, Workload
 from hwmodel.serving import ServingPoint, largest_batch, serve
 
@@ -81,7 +82,8 @@ def compare_rivals(
             routed expert is then held once per machine or card).
 
     Raises:
-        UnknownNameError, RequestError: no such device, or one with no peer link.
+        UnknownNameError, RequestError: no such device, one with no peer link, or one that the
+            table's engine does not run on.
     """
     path = Path(__file__).parent / "data" / "rivals.toml"
     raw = read_toml(path)
@@ -90,6 +92,11 @@ def compare_rivals(
     if card.link_bytes_per_s is None:
         raise RequestError(f"--device {card.name}: has no link to others, expected such as h100")
     engine = dataclasses.replace(load_engine(raw["engine"]), sliding_cache=sliding)
+    if not backend_of(engine, card):
+        raise RequestError(
+            f"--device {card.name}: {engine.title}, which the table is computed for, does not run "
+            "on it; expected such as h100"
+        )
     rows = [
         _rival(entry, raw, path, sources, card, engine, links == "network", attention)
         for entry in raw["rivals"]
@@ -119,7 +126,7 @@ def _rival(
         model=load_model(entry["model"]),
         quant=load_quant(entry["quant"]),
         devices=(DeviceCount(card, entry["devices"]),),
-        engine=EngineChoice(engine, "cuda", engine.version, engine.date),
+        engine=EngineChoice(engine, backend_of(engine, card), engine.version, engine.date),
         placement=_placement(card, entry["devices"], network, attention),
         workload=Workload(depth=raw["depth"], kv_type=raw["kv_type"], drafts=entry["drafts"]),
     )

@@ -82,3 +82,8 @@ def test_the_command_states_its_assumptions_and_the_json_has_every_row() -> None
 def test_a_card_without_links_is_refused() -> None:
     with pytest.raises(RequestError, match="has no link to others"):
         compare_rivals(device="epyc-9654-2s")
+
+
+def test_a_device_that_the_tables_engine_does_not_run_on_is_refused() -> None:
+    with pytest.raises(RequestError, match="SGLang, which the table is computed for"):
+        compare_rivals(device="m4max")
