@@ -23,7 +23,7 @@ TINY = np.float32(1e-30)
 def compiled(function: Any) -> Any:
     """The function compiled by Numba on first use, run without Python's lock; kept on disk where
     a folder for it can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
+    options: Any = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(function, cache=True, **options)
     except RuntimeError as error:
