@@ -90,7 +90,7 @@ def _summary(checked: Sequence[Checked]) -> str:
         if k in kinds
     ]
     resting = [c.id for c, f in checked if f.extrapolated]
-    text = f"{len(checked)} claims: {', '.join(counts)}"
+    text = f"{len(checked)} claim{'' if len(checked) == 1 else 's'}: {', '.join(counts)}"
     return text + (f"; resting on an extrapolation: {', '.join(resting)}" if resting else "")
 
 
