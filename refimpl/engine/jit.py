@@ -62,28 +62,36 @@ class _KernelCache(caching.FunctionCache):
         self._cache_file = caching.IndexDataCacheFile(self.cache_path, name, stamp)
 
 
+def keeps_code() -> bool:
+    """Whether there is a folder that compiled kernels can be kept in."""
+    try:
+        caching.FunctionCache(keeps_code)
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Listener(event.Listener):
     """Hears of compilation, as against loading what is found compiled on disk."""
 
     def on_start(self, event: Any) -> None:
-        global _waiting
-        function, _waiting = _waiting, None
-        if function is not None:
-            function()
+        while _waiting:
+            _waiting.pop(0)()
 
     def on_end(self, event: Any) -> None:
         pass
 
 
-_waiting: Callable[[], None] | None = None
+_waiting: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
 def announced(function: Callable[[], None] | None) -> Iterator[None]:
     """Calls `function` once if a kernel has to be compiled inside, before it is."""
-    global _waiting
-    _waiting = function
+    if function is not None:
+        _waiting.append(function)
     try:
         yield
     finally:
-        _waiting = None
+        if function in _waiting:
+            _waiting.remove(function)

@@ -15,6 +15,7 @@ from refimpl.backend import Array
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.activations import prepare, scratch_bytes
 from refimpl.engine.amx_choice import AmxChoice
+from refimpl.engine.apart import step_apart
 from refimpl.engine.attention import attending
 from refimpl.engine.caches import EngineCache
 from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Matrix, Step, float_bits
@@ -59,16 +60,17 @@ class Program:
         max_rows: int,
     ) -> None:
         self._config, self._team, self._max_rows = source.config, team, max_rows
-        self._records = Records(source, simd, exact)
-        self._freqs: list[Array] = []
-        self._layers = [self._layer(i) for i in range(self._config.num_layers)]
-        self._heads = self._all_heads()
-        self._table: NDArray[np.int64] = np.array([r.address for r in self._layers], np.int64)
-        self._step = self._records.record(Step.SIZE)
-        self._memory: dict[Step, Bytes] = {}
-        self._barrier = zeroed(64)
-        self._allocate()
-        self._fixed_fields(simd, kv)
+        with step_apart(simd):
+            self._records = Records(source, simd, exact)
+            self._freqs: list[Array] = []
+            self._layers = [self._layer(i) for i in range(self._config.num_layers)]
+            self._heads = self._all_heads()
+            self._table: NDArray[np.int64] = np.array([r.address for r in self._layers], np.int64)
+            self._step = self._records.record(Step.SIZE)
+            self._memory: dict[Step, Bytes] = {}
+            self._barrier = zeroed(64)
+            self._allocate()
+            self._fixed_fields(simd, kv)
         self._run = runner(simd).ctypes
         self._lock = threading.Lock()
         self._finish: Callable[[], None] | None = None

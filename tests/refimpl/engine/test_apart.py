@@ -1,0 +1,89 @@
+"""The step is compiled by a second process if anything has to be compiled, and only then."""
+
+import sys
+
+import pytest
+
+from refimpl.engine import apart
+from refimpl.engine.jit import cfunc
+from refimpl.engine.simd import choose_simd
+from refimpl.engine.step import SIGNATURE
+
+
+class Process:
+    """Stands for the second process: what was asked of it."""
+
+    def __init__(self, command: list[str], **pipes: int) -> None:
+        self.command = command
+        self.said: list[str] = []
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.said.append("wait")
+        return 0
+
+    def kill(self) -> None:
+        self.said.append("kill")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    made = []
+
+    def start(command, **pipes):
+        made.append(Process(command, **pipes))
+        return made[-1]
+
+    monkeypatch.setattr(apart.subprocess, "Popen", start)
+    monkeypatch.setattr(apart, "default_threads", lambda: 2)
+    return made
+
+
+def compile_something():
+    @cfunc(SIGNATURE)
+    def nothing(step, thread):
+        pass
+
+
+def test_nothing_is_started_where_nothing_is_compiled(started):
+    with apart.step_apart(choose_simd()):
+        pass
+    assert started == []
+
+
+def test_one_process_compiles_the_step_and_is_waited_for(started):
+    with apart.step_apart(choose_simd("portable")):
+        compile_something()
+        compile_something()
+    (process,) = started
+    assert process.command == [sys.executable, "-P", "-m", "refimpl.engine.apart", "portable"]
+    assert process.said[0] == "wait"
+
+
+def test_it_ends_with_what_it_was_started_for(started):
+    with pytest.raises(ValueError, match="bad"), apart.step_apart(choose_simd()):
+        compile_something()
+        raise ValueError("bad")
+    assert started[0].said == ["kill", "wait"]
+
+
+def test_one_processor_compiles_alone(started, monkeypatch):
+    monkeypatch.setattr(apart, "default_threads", lambda: 1)
+    with apart.step_apart(choose_simd()):
+        compile_something()
+    assert started == []
+
+
+def test_code_that_cannot_be_kept_is_not_made_elsewhere(started, monkeypatch):
+    monkeypatch.setattr(apart, "keeps_code", lambda: False)
+    with apart.step_apart(choose_simd()):
+        compile_something()
+    assert started == []
+
+
+def test_the_step_is_compiled_here_where_no_process_can_be_started(monkeypatch):
+    def fails(command, **pipes):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(apart.subprocess, "Popen", fails)
+    with apart.step_apart(choose_simd()):
+        compile_something()
