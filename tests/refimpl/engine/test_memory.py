@@ -178,6 +178,7 @@ def test_models_are_opened_with_the_engines_options(widened: Callable[[str], Pat
         assert isinstance(opened.backend, EngineModel)
         assert opened.backend.description == {
             "simd": opened.backend.description["simd"],
+            "amx": opened.backend.description["amx"],
             "threads": 1,
             "activations": "float32",
             "kv_type": "q8_0",
