@@ -3,9 +3,10 @@
 `predicted`, `low` and `high` come from `hwmodel.predict.predict`, the estimator that plans use, in
 the scope of the row (`per_user` or `aggregate`). A row's status is
 
-* `calibrated`: the fit contains a run of this very configuration, so the agreement flatters;
-  `held_out_predicted` then holds what a refit without the run's whole sweep predicts;
-* `held_out`: the fit knows the device class and engine family, but never saw this configuration;
+* `calibrated`: the fit contains a run of this very configuration, or this very figure (`own_run`),
+  so the agreement flatters; `held_out_predicted` then holds what a refit without the run's whole
+  sweep predicts;
+* `held_out`: the fit knows the device class and engine family, but saw neither;
 * `extrapolated`: a name, the model's shape, or the device class with this engine is unknown;
 * `declined`: no known hardware, or no known size of the weights.
 
@@ -21,41 +22,67 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench.calibrate import baseline_tok_s, errors_of
+from bench.problem import per_user
 from bench.resolve import resolve
 from bench.runs import RunRecord
 from hwmodel import names
 from hwmodel.fit import Fit, FittedRun, load_fit
 from hwmodel.predict import config_columns, physical_limit, predict
+from hwmodel.probed import fit_for
 from hwmodel.run import Estimate, Quantity, RunConfig
 from refimpl.errors import RefimplError
 
 COMPARED: tuple[Quantity, ...] = ("decode_tok_s", "prefill_tok_s")
 NO_FIGURES = {"predicted": None, "low": None, "high": None}
+# What one measurement has in common however it was published: prompt, batch and date may be left
+# out or told otherwise.
+_SAME_RUN = ("model", "quant", "device", "devices", "engine", "depth", "concurrency", "drafts")
+_ROUNDED = 0.005  # relative difference of two figures of which one is rounded to three digits
 
 
 def compare(records: Iterable[RunRecord], fit: Fit | None = None) -> dict[str, Any]:
     """The comparison of all rows: `rows` and `summary`, ready for JSON."""
     fit = load_fit() if fit is None else fit
-    own = {(r.quantity, _key(r.config)): r for r in fit.runs}
     rows = [
         row
         for record in records
         for quantity in COMPARED
-        if (row := compare_one(record, quantity, fit, own)) is not None
+        if (row := compare_one(record, quantity, fit)) is not None
     ]
     return {"rows": rows, "summary": summarise(rows)}
+
+
+def own_run(
+    fit: Fit, quantity: Quantity, config: Mapping[str, Any], tok_s: float
+) -> FittedRun | None:
+    """The run of a fit that a figure is: of the same configuration, or the same figure published
+    again, whose configuration may be told otherwise.
+
+    Args:
+        config: columns of `hwmodel.predict.config_columns`.
+        tok_s: measured tokens per second of one sequence.
+
+    Returns:
+        Of several the one measured closest; None where the fit never saw it, or is of another
+        device (`Fit.borrowed`).
+    """
+    if fit.borrowed:
+        return None
+    alike = [
+        r
+        for r in fit.runs
+        if r.quantity == quantity and all(r.config.get(k) == config[k] for k in _SAME_RUN)
+    ]
+    same = [r for r in alike if _key(r.config) == _key(config)]
+    same = same or [r for r in alike if math.isclose(r.measured, tok_s, rel_tol=_ROUNDED)]
+    return min(same, key=lambda r: abs(math.log(r.measured / tok_s)), default=None)
 
 
 def _key(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((k, str(v)) for k, v in config.items()))
 
 
-def compare_one(
-    record: RunRecord,
-    quantity: Quantity,
-    fit: Fit,
-    own: Mapping[tuple[str, tuple[tuple[str, str], ...]], FittedRun],
-) -> dict[str, Any] | None:
+def compare_one(record: RunRecord, quantity: Quantity, fit: Fit) -> dict[str, Any] | None:
     """One figure of a row beside its prediction, None where the row does not measure it."""
     measured = record.prefill_tok_s if quantity == "prefill_tok_s" else record.decode_tok_s
     if measured is None:
@@ -80,13 +107,14 @@ def compare_one(
     }
     try:
         run = resolve(record, quantity)
+        # the shipped fit gives way to that of probed devices where the row is of one
+        fit = fit_for(run) if fit is load_fit() else fit
     except RefimplError as error:
         return {**row, "reason": str(error)}
-    # the shipped fit gives way to that of probed devices where the row is of one
-    estimate = predict(run, quantity, None if fit is load_fit() else fit)
+    estimate = predict(run, quantity, fit)
     if estimate.value is None:
         return {**row, "reason": estimate.reason}
-    return {**row, **_figures(record, quantity, run, estimate, own)}
+    return {**row, **_figures(record, quantity, run, estimate, fit)}
 
 
 def _known(kind: names.Kind, text: str) -> str:
@@ -100,7 +128,7 @@ def _figures(
     quantity: Quantity,
     run: RunConfig,
     estimate: Estimate,
-    own: Mapping[tuple[str, tuple[tuple[str, str], ...]], FittedRun],
+    fit: Fit,
 ) -> dict[str, Any]:
     aggregate = quantity == "decode_tok_s" and record.decode_scope == "aggregate"
     users = run.workload.concurrency if aggregate else 1
@@ -109,7 +137,8 @@ def _figures(
     limit = physical_limit(run, quantity) * users
     beyond = record.drafts is not None and (measured or 0.0) > limit
     config = config_columns(run)
-    mine = own.get((quantity, _key(config)))
+    tok_s = per_user(record, quantity)
+    mine = None if tok_s is None else own_run(fit, quantity, config, tok_s)
     status, reasons = estimate.status, [estimate.reason] if estimate.reason else []
     if status == "calibrated" and mine is None:
         status = "held_out"

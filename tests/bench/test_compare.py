@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from bench.compare import compare, worst_rows
+from bench.compare import compare, own_run, worst_rows
+from bench.importers.read import import_runs
+from bench.importers.table import Stated
 from bench.runs import RunRecord, published_runs_path, read_runs
 from hwmodel.fit import load_fit
 
@@ -33,7 +36,7 @@ def test_every_measured_figure_has_one_row() -> None:
 
 def test_measured_figures_change_no_prediction() -> None:
     other = one(dataclasses.replace(ROW, decode_tok_s=4.0, prefill_tok_s=1e7, ttft_ms=1.0))
-    same = ("predicted", "low", "high", "status", "held_out_predicted", "baseline")
+    same = ("predicted", "low", "high", "limiting", "baseline")
     assert {k: other[k] for k in same} == {k: one(ROW)[k] for k in same}
 
 
@@ -62,6 +65,34 @@ def test_a_new_configuration_of_a_known_family_is_held_out() -> None:
     assert one(dataclasses.replace(ROW, context_depth=5000, prompt_tokens=5000))["status"] == (
         "held_out"
     )
+
+
+def test_a_published_run_in_another_tools_words_is_no_held_out_one() -> None:
+    """llama-bench's file tells neither the prompt of decoding nor the fit's date."""
+    file = Path(__file__).parent / "data" / "step-m4max.json"
+    records = import_runs(str(file), Stated()).records
+    found = compare(records)["rows"]
+    assert {r["status"] for r in found} == {"calibrated"}
+    assert all(r["held_out_predicted"] for r in found)
+    slower = [dataclasses.replace(r, decode_tok_s=0.97 * r.decode_tok_s)
+              for r in records if r.decode_tok_s and r.context_depth]  # fmt: skip
+    assert {r["status"] for r in compare(slower)["rows"]} == {"held_out"}
+
+
+def test_of_two_runs_of_one_configuration_the_one_measured_is_meant() -> None:
+    run = next(r for r in load_fit().runs if r.quantity == "decode_tok_s")
+    other = dataclasses.replace(run, id="twin", measured=1.5 * run.measured)
+    for runs in ((run, other), (other, run)):
+        fit = dataclasses.replace(load_fit(), runs=runs)
+        found = own_run(fit, "decode_tok_s", run.config, 1.02 * run.measured)
+        assert found is run
+
+
+def test_efficiencies_of_another_host_saw_no_run_of_this_one() -> None:
+    run = load_fit().runs[0]
+    borrowed = dataclasses.replace(load_fit(), borrowed="another host's")
+    assert own_run(load_fit(), run.quantity, run.config, run.measured) is not None  # type: ignore[arg-type]
+    assert own_run(borrowed, run.quantity, run.config, run.measured) is None  # type: ignore[arg-type]
 
 
 def test_unknown_names_are_extrapolated_with_a_wider_band() -> None:
