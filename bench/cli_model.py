@@ -122,8 +122,10 @@ def _write(path: Path, value: Any) -> None:
 def _compare_structure(records: list[RunRecord], file: str, as_json: bool) -> None:
     from bench.structure import compare_structure, structure_json
     from bench.structure_view import structure_markdown, structure_text, summary
-    from hwmodel.files import write_whole
+    from hwmodel.files import check_writable, write_whole
 
+    if file != "-":
+        check_writable(Path(file))
     pairs = compare_structure(records)
     if as_json:
         print_json(structure_json(pairs))
@@ -173,7 +175,7 @@ def calibrate(
     from hwmodel.fit import load_fit, published_path, to_json
 
     records = _read((runs or _PUBLISHED,), None, None)
-    if structure:
+    if structure is not None:
         _compare_structure(records, structure, as_json)
         return
     fit = fit_to(records, as_of or datetime.date.today().isoformat())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -14,18 +16,38 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: the folder cannot be written, or a device or a pipe has that name, which would not
             be written to but replaced; names the file that was wanted.
     """
-    goal = Path(os.path.realpath(path))
-    if goal.exists() and not goal.is_file() and not goal.is_dir():
-        raise OSError(errno.EINVAL, "is a device or a pipe, expected the name of a file", str(path))
-    beside = goal.with_name(f".{goal.name}.part")
-    try:
-        with open(beside, "wb") as file:
+    with _beside(path) as (part, goal):
+        with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(goal)
+        part.replace(goal)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before a long computation, a name that `write_whole` could not write to.
+
+    Raises:
+        OSError: as there, or a folder has that name; names the file that was wanted.
+    """
+    with _beside(path) as (part, goal):
+        if goal.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        open(part, "wb").close()
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """A name for what is not whole yet, gone afterwards, and the file whose place it may take."""
+    goal = Path(os.path.realpath(path))
+    if goal.exists() and not goal.is_file() and not goal.is_dir():
+        raise OSError(errno.EINVAL, "is a device or a pipe, expected the name of a file", str(path))
+    part = goal.with_name(f".{goal.name}.part")
+    try:
+        yield part, goal
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

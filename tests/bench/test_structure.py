@@ -140,6 +140,21 @@ def test_the_command_writes_no_fit(tmp_path: Path) -> None:
     assert found["groups"]["decode_tok_s"]["sweep"]["all"]["n"] > 50
 
 
+@pytest.mark.parametrize("name", ["no/such/folder.md", "", "."])
+def test_a_report_that_cannot_be_written_is_refused_before_the_fits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_: object) -> None:
+        raise AssertionError("computed first")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.structure.compare_structure", never)
+    result = CliRunner().invoke(main, ["calibrate", "--compare-structure", name])
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_compare_is_said() -> None:
     step = [r for r in some_runs() if r.model.lower().startswith("step")]
     with pytest.raises(InputError, match="no usable figure of a model other than Step"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hwmodel.files import write_whole
+from hwmodel.files import check_writable, write_whole
 
 
 def test_a_pipe_is_refused_and_stays(tmp_path: Path) -> None:
@@ -25,3 +25,16 @@ def test_a_link_stays_and_its_goal_is_replaced(tmp_path: Path) -> None:
     write_whole(link, b"new")
     assert link.is_symlink() and goal.read_bytes() == b"new"
     assert sorted(os.listdir(tmp_path)) == ["goal", "link"]
+
+
+def test_a_name_is_checked_without_leaving_or_changing_anything(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_bytes(b"old")
+    check_writable(old)
+    check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["old"] and old.read_bytes() == b"old"
+    os.mkfifo(pipe := tmp_path / "pipe")
+    for bad in (tmp_path, tmp_path / "no" / "file", old / "file", pipe):
+        with pytest.raises(OSError) as error:
+            check_writable(bad)
+        assert error.value.filename == str(bad)
