@@ -174,13 +174,13 @@ def _layer_kinds(f: _Reader, layers: int) -> list[str]:
         return ["sparse" if mark else "full" for mark in marks[:layers]]
     named = f.per_layer("layer_types", layers)
     if named is not None:
-        unknown = sorted({str(n) for n in named if n not in _KINDS})
+        unknown = sorted({str(n) for n in named} - set(_KINDS))
         if unknown:
             raise f.refused(f"layer_types has {unknown[0]!r}, whose sizes are not known here")
         return [_KINDS[n] for n in named]
     for key in ("layers_block_type", "hybrid_override_pattern", "attn_type_list", "ssm_cfg"):
         pattern = f.get(key)
-        if pattern and not (isinstance(pattern, list) and set(pattern) == {1}):
+        if pattern and not (isinstance(pattern, list) and all(p == 1 for p in pattern)):
             raise f.refused(f"{key} mixes in layers whose sizes are not known here")
     pattern = f.per_layer("hybrid_layer_pattern", layers)
     if pattern is not None:
@@ -298,13 +298,15 @@ def _beside_the_layers(f: _Reader) -> dict[str, Any]:
     elif f.has("hc_count"):
         n = f.size("hc_count", high=64)
         found["residual"] = 2 * n * hidden * (2 * f.size("hc_lowrank") + n)
-    if f.get("ple_layer_ids"):
+    if ids := f.get("ple_layer_ids"):
+        if not isinstance(ids, list):
+            raise f.refused(f"ple_layer_ids is {ids!r:.60}, expected a list of layers")
         heads = f.size("heads_per_ngram") * (f.size("ngram_size", low=2) - 1)
         width, n = f.size("ple_embed_dim", default=hidden), f.size("hc_count")
         found["ngram"] = {
             "rows": heads * f.size("ngram_vocab_size_base"),
             "width": width // heads,
-            "parameters": len(f.get("ple_layer_ids")) * width * hidden * (n + 1),
+            "parameters": len(ids) * width * hidden * (n + 1),
         }
     return found
 
