@@ -213,7 +213,11 @@ class EngineCache:
         if "mtp.first" in arrays:
             first = take(arrays, "mtp.first", (len(start),), np.int64).tolist()
             for k, position in enumerate(first):
-                require_rows(k, rows, position, rows - position if k == 0 else 0, len(tokens))
+                if not 0 <= position <= start[k]:
+                    raise InputError(
+                        f"the saved state has {start[k]} rows done in MTP layer {k}, the first of "
+                        f"them at {position}; these contradict each other"
+                    )
                 mtp.set_first(k, position)
         for i, layer in enumerate(self.layers):
             layer.refill(f"kv.{i}", self._rows_of(i, len(tokens), start), arrays)

@@ -96,6 +96,7 @@ class MtpState:
             if drop > 0:
                 self._drop(level, drop)
                 self.set_first(level, self.start[level])
+                self._guessed = None  # its rows lie behind those that were just left out
 
     def note(self, n: int, drafts: list[int], rows: list[Array]) -> None:
         """Keep the rows that took drafts for their tokens, until these are judged."""

@@ -11,8 +11,11 @@ import pytest
 
 from refimpl.backend import Array
 from refimpl.engine.caches import EngineCache
+from refimpl.engine.drafting import MtpState
+from refimpl.engine.fields import Kv
 from refimpl.engine.model import EngineModel
 from refimpl.engine.rotations import Rotations
+from refimpl.errors import InputError
 from refimpl.reference.rope import angles
 
 Engine = Callable[..., EngineModel]
@@ -95,11 +98,43 @@ def test_a_shortened_history_is_all_that_drafts_rest_on(engine: Engine, prompt: 
 
 
 def test_a_state_keeps_where_a_shortened_history_begins(engine: Engine, prompt: Prompt) -> None:
+    """Drafts from it are those of the cache that it was made from."""
     model, ids = engine("tiny_a", "q8_0"), prompt(40)
     cache, _ = shortened(model, ids)
     again = model.new_cache(64)
     again.refill(cache.export())
     assert [again.mtp.first(k) for k in range(3)] == [25, 25, 25]
+    drafts = []
+    for one in (cache, again):
+        more = model.decode(ids[30:32], one).hidden
+        hidden = np.concatenate([np.empty((30, more.shape[1]), np.float32), more])
+        drafts.append(drafts_after(model, one, hidden, ids, 33, [1, 2, 3]))
+    np.testing.assert_array_equal(drafts[0], drafts[1])
+
+
+@pytest.mark.parametrize("first", [-1, 31, 2**40])
+def test_a_history_that_begins_where_no_row_is_was_never_saved(
+    engine: Engine, prompt: Prompt, first: int
+) -> None:
+    model, ids = engine("tiny_a", "q8_0"), prompt(40)
+    arrays = shortened(model, ids)[0].export()
+    arrays["mtp.first"] = np.array([25, 25, first])
+    with pytest.raises(InputError, match="rows done in MTP layer 2, the first of them at"):
+        model.new_cache(64).refill(arrays)
+
+
+def test_what_was_left_out_is_not_taken_for_run_when_its_draft_stands() -> None:
+    """Rows of levels 1 and 2 took drafts for their tokens and then had to go."""
+    state = MtpState([np.zeros(int(Kv.SIZE), np.int64) for _ in range(3)], 16)
+    row = np.ones((1, 4), np.float32)
+    state.start = [20, 19, 18]
+    state.add(1, row)
+    state.add(2, row)
+    state.note(20, [7, 8, 9], [row[:0], row, np.concatenate([row, row])])
+    state.shorten(0)
+    state.confirm([*range(20), 6, 7, 8, 9])
+    assert state.start == [20, 20, 19]
+    assert [state.waiting(k) for k in range(3)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
