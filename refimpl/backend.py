@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     def identity(self) -> Mapping[str, str]:
         """What the bits of a cache depend on besides its tokens: 'weights' (a fingerprint) and
-        'arithmetic' (the backend with its precision, KV type and instruction set)."""
+        'arithmetic' (the backend with its precision, KV type, instruction set and kernels)."""
 
     def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
         """Append a chunk of a prompt; any split into chunks gives the same result."""

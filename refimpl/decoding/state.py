@@ -5,10 +5,11 @@ bytes), then a safetensors file: its header with `__metadata__` {weights, arithm
 `Backend.identity` gives them, and the arrays that `Cache.export` names, with the last row's
 `logits` (V,) and the `hidden` rows (R, H) that the MTP layers have not seen yet.
 
-A state belongs to one model and one arithmetic: what is generated from it has the same bits as
-without it. So a file is used only if magic, version, checksum and identity are right, if every
-array has the shape and type that the model's own cache has, and if the prompt begins with its
-tokens. Sizes are checked against the file's before anything is copied; nothing is unpickled.
+A state belongs to one model and one arithmetic (of the engine: one version of its kernels, as sums
+in another order have other bits): what is generated from it has the same bits as without it. So a
+file is used only if magic, version, checksum and identity are right, if every array has the shape
+and type that the model's own cache has, and if the prompt begins with its tokens. Sizes are checked
+against the file's before anything is copied; nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class EngineModel:
         return {
             "weights": fingerprint(self.source),
             "arithmetic": f"engine {self._simd.name}, {activations} activations, "
-            f"{self._kv.name} KV",
+            f"{self._kv.name} KV, kernels {self._simd.sources}",
         }
 
     def prefill(

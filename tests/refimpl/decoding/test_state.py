@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ def test_a_state_belongs_to_one_model_and_arithmetic(backend, state, tmp_path) -
             "computed by 'reference float32', this run by 'engine")  # fmt: skip
     refused(lambda: read_state(state("reference"), backend("reference-bf16")), "reference bf16")
     refused(lambda: read_state(state("engine"), backend("engine-q8_0")), "f16 KV.*q8_0 KV")
+
+
+def test_a_state_of_other_kernels_is_refused(backend, state, monkeypatch) -> None:
+    """Their sums may have another order, and so other bits."""
+    model, path = backend("engine"), state("engine")
+    assert read_state(path, model).tokens == tuple(PROMPT[:SAVED])
+    monkeypatch.setattr(model, "_simd", replace(model._simd, sources="older"))
+    refused(lambda: read_state(path, model), "kernels .*, this run by '.* kernels older'")
 
 
 def edited(path: Path, out: Path, change: Callable[[dict[str, Any], bytearray], None]) -> Path:
