@@ -1,5 +1,6 @@
 """The step is compiled by a second process if anything has to be compiled, and only then."""
 
+import subprocess
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from refimpl.engine import apart
 from refimpl.engine.jit import cfunc
 from refimpl.engine.simd import choose_simd
-from refimpl.engine.step import SIGNATURE
+from refimpl.engine.step import SIGNATURE, runner
 
 
 class Process:
@@ -35,6 +36,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(apart.subprocess, "Popen", start)
     monkeypatch.setattr(apart, "default_threads", lambda: 2)
+    monkeypatch.setattr(apart, "keeps_code", lambda: True)
     return made
 
 
@@ -81,9 +83,35 @@ def test_code_that_cannot_be_kept_is_not_made_elsewhere(started, monkeypatch):
 
 
 def test_the_step_is_compiled_here_where_no_process_can_be_started(monkeypatch):
+    asked = []
+
     def fails(command, **pipes):
+        asked.append(command)
         raise OSError("no more processes")
 
     monkeypatch.setattr(apart.subprocess, "Popen", fails)
+    monkeypatch.setattr(apart, "default_threads", lambda: 2)
+    monkeypatch.setattr(apart, "keeps_code", lambda: True)
     with apart.step_apart(choose_simd()):
         compile_something()
+    assert len(asked) == 1
+
+
+PRINT_FILE = """
+import sys
+from refimpl.engine.simd import choose_simd
+from refimpl.engine.step import runner
+print(runner(choose_simd(sys.argv[1]))._cache._cache_file._index_path)
+"""
+
+
+def test_both_processes_keep_the_step_in_the_same_file():
+    """Else the second one would compile for nothing."""
+    if not apart.keeps_code():
+        pytest.skip("compiled code is not kept here")
+    simd = choose_simd()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PRINT_FILE, simd.name],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == runner(simd)._cache._cache_file._index_path
