@@ -109,8 +109,20 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What was measured, or None where nothing was."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What was measured, or None where nothing was.
+
+    Raises:
+        RunFileError: the file is not JSON.
+    """
+    from hwmodel.errors import RunFileError
+
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFileError(f"{path}: not JSON ({error}); run python -m bench.start_up") from None
+    return found
 
 
 @click.command()
@@ -121,8 +133,13 @@ def read_record(path: Path) -> dict[str, Any] | None:
               help="Runs after them.")  # fmt: skip
 def main(out: Path | None, cold: int, warm: int) -> None:
     """Measure cold and warm starts of 'refimpl generate'."""
-    from hwmodel.files import write_whole
+    from hwmodel.files import check_writable, write_whole
 
+    if out is not None:
+        try:
+            check_writable(out)
+        except OSError as error:
+            raise click.BadParameter(f"{out}: {error.strerror}", param_hint="--out") from None
     record = measure(cold, warm)
     if out is not None:
         write_whole(out, (json.dumps(record, indent=1) + "\n").encode())

@@ -11,7 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench.importers.table import Format, has_fields, json_rows, number, required, rest
+from bench.importers.table import (
+    Format,
+    has_fields,
+    is_number,
+    json_rows,
+    number,
+    required,
+    rest,
+)
 from bench.runs import RunRecord
 from hwmodel import names
 from hwmodel.errors import RunFileError
@@ -96,10 +104,10 @@ def _users(row: Mapping[str, Any], done: float, where: str) -> float | None:
     if not done:
         return limit
     seen = row.get("concurrency")
-    if not (isinstance(seen, int | float) and seen > 0):
+    if not (is_number(seen) and seen > 0):
         latency = row.get("mean_e2e_latency_ms") or row.get("mean_e2el_ms") or 0
         seconds = row.get("duration") or 0
-        known = all(isinstance(v, int | float) and v > 0 for v in (latency, seconds))
+        known = all(is_number(v) and v > 0 for v in (latency, seconds))
         seen = done / seconds * latency / 1000 if known else None
     if endless and limit:
         return limit
@@ -111,7 +119,7 @@ def _users(row: Mapping[str, Any], done: float, where: str) -> float | None:
 def _drafts(row: Mapping[str, Any]) -> str:
     """Drafts a step, where vLLM's counters tell them, and tokens that a step gave."""
     accepted = row.get("accept_length") or row.get("spec_decode_acceptance_length")
-    if not isinstance(accepted, int | float) or not accepted > 0:
+    if not is_number(accepted) or not accepted > 0:
         return "none"
     told = f"accept length {accepted:.4g}"
     tokens, steps = row.get("spec_decode_draft_tokens"), row.get("spec_decode_num_drafts")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from bench.runs import NUMBER_COLUMNS, RunRecord, parse_number
 from hwmodel import names
@@ -119,14 +119,15 @@ def rest(row: Values, used: Iterable[str], tool: str) -> dict[str, str]:
         if key in taken or value in (None, "", []):
             continue
         many = isinstance(value, list | dict)
-        if isinstance(value, list) and len(value) <= _SHORT and all(map(_is_number, value)):
+        if isinstance(value, list) and len(value) <= _SHORT and all(map(is_number, value)):
             found[f"{tool}:{key}"] = " ".join(f"{v:.6g}" for v in value)
         else:
             found[f"{tool}:{key}"] = f"{len(value)} values" if many else str(value)
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a field holds a finite number that can be computed with (true and false do not)."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 

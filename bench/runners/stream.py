@@ -179,7 +179,8 @@ class Client:
             if response.status != 200:
                 return None, _refusal(response.status, data)
             return _whole(json.loads(data)["usage"]["prompt_tokens"], None) or None, ""
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError,
+                RecursionError):  # fmt: skip
             return None, ""
         finally:
             connection.close()

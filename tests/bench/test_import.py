@@ -207,6 +207,16 @@ def test_unknown_and_damaged_files_get_a_sentence(text: str, says: str, tmp_path
         import_runs(str(path), FULL)
 
 
+def test_numbers_too_large_to_compute_with_say_nothing(tmp_path: Path) -> None:
+    row = {"completed": 10, "total_input_tokens": 100, "total_output_tokens": 100,
+           "request_throughput": 1, "mean_tpot_ms": 1, "duration": 1}  # fmt: skip
+    path = tmp_path / "x.json"
+    for key in ("accept_length", "concurrency", "mean_e2e_latency_ms"):
+        path.write_text(json.dumps({**row, key: 10**400}))
+        (run,) = import_runs(str(path), FULL).records
+        assert (run.mtp, run.batch_concurrency) == ("none", None)
+
+
 def test_impossible_speeds_are_kept_and_named_with_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "fast.json"
     path.write_text('[{"n_prompt": 0, "n_gen": 128, "n_depth": 0, "avg_ts": 9000}]')

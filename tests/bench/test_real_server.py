@@ -127,3 +127,11 @@ def test_a_prompt_that_is_too_long_is_told_though_the_stream_says_nothing(
     replayed[1].update(stream="too long", whole="too long at once")
     with pytest.raises(RunnerError, match=r"HTTP 400: .*context length is 1024 tokens"):
         EndpointRunner(Client(replayed[0]), requests=1).measure(TEST)
+
+
+def test_an_answer_nested_too_deeply_tells_nothing(
+    replayed: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STREAMS, "deep", {"status": 200, "type": "", "body": "[" * 200_000})
+    replayed[1]["whole"] = "deep"
+    assert Client(replayed[0], timeout_s=30).at_once({}) == (None, "")

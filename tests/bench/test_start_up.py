@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from bench import start_up
+from hwmodel.errors import RunFileError
 
 
 @pytest.fixture
@@ -42,11 +44,9 @@ def test_the_report_judges_the_first_text(launched: list[Path]) -> None:
     assert start_up.section(None) == []
 
 
-def test_a_run_is_the_whole_command_with_its_own_kernels(
+def test_a_run_of_the_real_command_that_fails_says_its_own_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # the real command; a program that stands for it would not show that the folder is heeded
-    monkeypatch.setattr(start_up, "TOKENS", 1)
     monkeypatch.setenv("REFIMPL_SIMD", "nonsense")
     with pytest.raises(click.ClickException, match="nonsense"):
         start_up.start(tmp_path)
@@ -57,3 +57,14 @@ def test_a_record_is_read_back(tmp_path: Path, launched: list[Path]) -> None:
     (tmp_path / start_up.FILE).write_text(json.dumps(record))
     assert start_up.read_record(tmp_path / start_up.FILE) == record
     assert start_up.read_record(tmp_path / "none.json") is None
+    (tmp_path / start_up.FILE).write_text("{")
+    with pytest.raises(RunFileError, match="not JSON"):
+        start_up.read_record(tmp_path / start_up.FILE)
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(
+    tmp_path: Path, launched: list[Path]
+) -> None:
+    result = CliRunner().invoke(start_up.main, ["--out", str(tmp_path / "no" / "x.json")])
+    assert result.exit_code == 2 and "No such file or directory" in result.output
+    assert not launched
