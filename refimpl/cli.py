@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Exact reference implementation of Step 3.5 Flash.
 
+    The engine's kernels are chosen for the processor: REFIMPL_SIMD (avx512, avx2, portable) forces
+    an instruction set, REFIMPL_AMX (on, off, emulate) decides on AMX in prefill.
+
     \b
     Example:
       refimpl generate 'def fibonacci(n):'

@@ -40,7 +40,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--stats",
             is_flag=True,
             help="Bytes per token, GB/s and share of this machine's read limit, experts found "
-            "in memory.",
+            "in memory, and whether prefill uses AMX.",
         ),
         memory_option,
         click.option(
@@ -70,9 +70,6 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
         _rates(given["simulate_acceptance"])
     memory = memory_bytes(given["memory"])
 
-    def compiling() -> None:
-        note(f"compiling kernels for this CPU, once: about {_COMPILE_S} s")
-
     told = False
     with progress_bar("reading the file") as move:
 
@@ -83,13 +80,20 @@ def opened_model(given: dict[str, Any]) -> Iterator[OpenModel]:
                 told = True
             move(done, total)
 
-        options = EngineOptions(given["exact"], given["kv_type"], compiling, reading, memory)
+        options = EngineOptions(
+            given["exact"], given["kv_type"], announce_compiling, reading, memory
+        )
         choice = given["model"], given["backend"], given["dtype"], given["threads"], options
         with open_model(*choice, mtp_model=given["mtp_model"]) as model:
             if model.name != "engine" and given["stats"]:
                 raise InputError("--stats measures the engine; the reference is not made for speed")
             note_residency(model.backend)
             yield model
+
+
+def announce_compiling() -> None:
+    """What `EngineOptions.on_compile` says on every command that runs the engine."""
+    note(f"compiling kernels for this CPU, once: about {_COMPILE_S} s")
 
 
 def memory_bytes(size: float | None) -> int | None:

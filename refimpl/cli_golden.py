@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refimpl.cli_engine import memory_bytes, memory_option, note_residency
+from refimpl.cli_engine import announce_compiling, memory_bytes, memory_option, note_residency
 from refimpl.cli_support import SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
@@ -115,12 +115,12 @@ def dump(
     """
     from refimpl.backends import EngineOptions, open_model
 
+    options = EngineOptions(exact, None, announce_compiling, memory_bytes=memory_bytes(memory))
     if any(value is not None for value in piece.values()):
         if new or any(value is not None for value in (chunk, variant, mtp_model)):
             raise click.UsageError(
                 "pieces take neither --new, --chunk, --variant nor --mtp-model", ctx
             )
-        options = EngineOptions(exact, memory_bytes=memory_bytes(memory))
         _dump_piece(model, tokens, out, (backend, dtype, threads, options), **piece)
         return
     from refimpl.golden.dump import golden_arrays
@@ -128,7 +128,6 @@ def dump(
 
     check_output(Path(out), model, tokens, mtp_model)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    options = EngineOptions(exact, memory_bytes=memory_bytes(memory))
     with open_model(model, backend, dtype, threads, options, mtp_model=mtp_model) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
@@ -184,11 +183,11 @@ def _dump_piece(
     source, (first, stop) = open_layers(model_path(model), layers or ":", needed)
     with limited_threads(threads), contextlib.closing(source), quiet():
         c = source.config
-        runs: Any = open_backend(source, backend, dtype, threads, options)
-        note_residency(runs)
         rows = None
         if hidden_in is not None:
             rows = read_hidden(Path(hidden_in), first, len(ids), c.hidden_size)
+        runs: Any = open_backend(source, backend, dtype, threads, options)
+        note_residency(runs)
         try:
             arrays = piece_arrays(runs, ids, (first, stop), rows, last, topk)
         finally:

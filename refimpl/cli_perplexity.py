@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refimpl.cli_engine import memory_bytes, memory_option, note_residency
+from refimpl.cli_engine import announce_compiling, memory_bytes, memory_option, note_residency
 from refimpl.cli_support import note, progress_bar, read_text
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def opened(given: dict[str, Any], share: float = 1) -> Iterator[OpenModel]:
 
     allowed = memory_bytes(given["memory"])
     memory = None if allowed is None else int(share * allowed)
-    options = EngineOptions(exact=given["exact"], memory_bytes=memory)
+    options = EngineOptions(given["exact"], None, announce_compiling, memory_bytes=memory)
     choice = given["model"], given["backend"], given["dtype"], given["threads"], options
     with open_model(*choice) as model:
         note_residency(model.backend)
