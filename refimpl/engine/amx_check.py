@@ -4,7 +4,8 @@ A processor or hypervisor that says it has AMX may still refuse an instruction, 
 process; so this is tried apart, once for each version of the kernels and set of processor flags.
 The answer is kept beside the compiled kernels.
 
-`python -m refimpl.engine.amx_check` is the other process: exit code 0 if products are right.
+`python -P -m refimpl.engine.amx_check` is the other process (-P: nothing is imported from the
+folder that the user is in): exit code 0 if products are right.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _kept_at(unit: TileUnit) -> Path | None:
 
 def _tried() -> tuple[str, bool]:
     """What went wrong, or '', and whether it would again."""
-    command = [sys.executable, "-m", "refimpl.engine.amx_check"]
+    command = [sys.executable, "-P", "-m", "refimpl.engine.amx_check"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_LONGEST_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
