@@ -22,10 +22,12 @@ def area_bytes(tensor: StoredTensor) -> int:
 
 
 def lies_in(tensor: StoredTensor, file: MappedFile) -> bool:
+    """Whether a tensor's bytes are part of a mapped file."""
     return 0 <= address(tensor.rows) - file.address < file.size
 
 
 def offset_of(tensor: StoredTensor, file: MappedFile) -> int:
+    """Where a tensor begins in the file that it lies in, in bytes."""
     return address(tensor.rows) - file.address
 
 

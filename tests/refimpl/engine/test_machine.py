@@ -1,7 +1,9 @@
 """What depends on the machine: the choice of instructions, threads, the bandwidth probe."""
 
+import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +54,19 @@ def test_instructions_that_the_processor_lacks_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(V2))
     with pytest.raises(InputError, match=r"lacks avx512f.*choose avx2 or portable"):
         simd.choose_simd("avx512")
+
+
+def test_kernels_are_compiled_anew_when_anything_that_they_are_made_from_changes() -> None:
+    """The hash is over all modules of the engine that those with kernels import."""
+    folder, found = Path(simd.__file__).parent, set[str]()
+    left = ["step", "kernels", "kernels512", "activations", "attention", "kv", "tiles", "amx"]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            source = (folder / f"{name}.py").read_text(encoding="utf-8")
+            left += re.findall(r"from refimpl\.engine\.(\w+) import", source)
+    assert found == set(simd._COMPILED)
 
 
 def test_a_team_calls_the_function_once_on_every_thread() -> None:
