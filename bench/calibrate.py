@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench.paired import change_of
 from bench.problem import FITTED, Problem, Sample, samples_of
 from bench.runs import RunRecord
 from hwmodel.fit import Fit, FittedRun
@@ -245,14 +246,43 @@ def _errors(
     return table
 
 
+HELD_OUT = {"held_out": "sweeps", "new_device": "devices"}
+
+
 def worse(new: Fit, old: Fit) -> str | None:
-    """Why a new fit should not replace an old one: its left-out median error is larger."""
+    """Why a new fit should not replace an old one, None where it may.
+
+    Both are compared on the figures that both hold, each predicted without its sweep and without
+    its device: the new one is refused where the median or the mean of its errors is larger and the
+    interval of the paired change (`bench.paired`, over sources) excludes 0. A change within that
+    interval is noise: which rows happen to stand in the middle.
+    """
+    import numpy as np
+
+    theirs = {(r.id, r.quantity): r for r in old.runs}
     for q in FITTED:
-        mine = new.errors.get(q, {}).get("leave_sweep_out", {}).get("median")
-        theirs = old.errors.get(q, {}).get("leave_sweep_out", {}).get("median")
-        if mine is not None and theirs is not None and mine > theirs * 1.02 + 1e-4:
-            return (
-                f"leaving sweeps out, the new fit's median error of {q} is {100 * mine:.1f} %, "
-                f"the present one's {100 * theirs:.1f} %"
-            )
+        mine = [r for r in new.runs if r.quantity == q and _same(r, theirs.get((r.id, q)))]
+        if not mine:
+            continue
+        groups = [r.source or r.id for r in mine]
+        for column, left_out in HELD_OUT.items():
+            before = [_off(theirs[r.id, q], column) for r in mine]
+            after = [_off(r, column) for r in mine]
+            for name, statistic in (("median", np.median), ("mean", np.mean)):
+                change, low, high = change_of(before, after, groups, statistic)
+                if low > 0:
+                    return (
+                        f"leaving {left_out} out, the {name} error of {q} on the {len(mine)} "
+                        f"figures of both fits is {100 * change:+.1f} points larger "
+                        f"({100 * low:+.1f} to {100 * high:+.1f})"
+                    )
     return None
+
+
+def _same(mine: FittedRun, theirs: FittedRun | None) -> bool:
+    return theirs is not None and math.isclose(mine.measured, theirs.measured, rel_tol=1e-3)
+
+
+def _off(run: FittedRun, column: str) -> float:
+    """|predicted / measured - 1| without the run's sweep or device."""
+    return abs(float(getattr(run, column)) / run.measured - 1)

@@ -64,7 +64,7 @@ def resolve(record: RunRecord, quantity: Quantity = "decode_tok_s") -> RunConfig
     engine = _engine(record, devices, unknown)
     model = _model(record, unknown)
     quant, weights = _quant(record, model, engine, unknown)
-    workload = _workload(record)
+    workload = _workload(record, engine.engine.kv_types[0])
     if quantity != "decode_tok_s" and (workload.depth or 0) <= workload.prompt_tokens:
         workload = dataclasses.replace(workload, depth=0)
     return RunConfig(
@@ -198,7 +198,7 @@ _KV = re.compile(r"(?i)\b(f16|bf16|fp16|fp8|q8_0|q5_1|q5_0|q4_1|q4_0)(?:/\w+)?\s
 _UBATCH = re.compile(r"(?i)(?:^|[\s,;-])ub(?:atch)?[\s=]+(\d{2,6})\b")
 
 
-def _workload(record: RunRecord) -> Workload:
+def _workload(record: RunRecord, kv_default: str) -> Workload:
     prompt = round(record.prompt_tokens or 0)
     text = f"{record.interconnect}; {record.notes}"
     kv = record.kv_type.lower() or _first(_KV, text).lower()
@@ -211,7 +211,7 @@ def _workload(record: RunRecord) -> Workload:
         generated_tokens=round(record.gen_tokens or 0),
         concurrency=max(1, round(record.batch_concurrency or 1)),
         micro_batch=micro,
-        kv_type={"fp16": "f16", "": "f16"}.get(kv, kv),
+        kv_type={"fp16": "f16", "": kv_default}.get(kv, kv),
         drafts=1 if drafts is None else drafts,
     )
 

@@ -154,7 +154,11 @@ def _attention_groups(g: Mapping[str, Any]) -> Iterable[AttentionGroup]:
     if g["type"] == "mla":
         heads, latent = g["query_heads"], g["kv_lora"] + g["rope"]
         work = heads * latent, heads * g["kv_lora"]
-        yield AttentionGroup(n, latent, *work, window, selected=bool(index), kv_heads=1)
+        own = heads * (g["nope"] + g["rope"]), heads * g["value_dim"]
+        yield AttentionGroup(
+            n, latent, *work, window, selected=bool(index), kv_heads=1,
+            unfolded=None if index else own,
+        )  # fmt: skip
     elif g["type"] == "compressed":
         d, ratio = g["head_dim"], g["ratio"]
         work = g["query_heads"] * d, g["query_heads"] * d
@@ -172,7 +176,9 @@ def _attention_groups(g: Mapping[str, Any]) -> Iterable[AttentionGroup]:
         yield AttentionGroup(n, kv * (d + v), *work, window, selected=bool(index), kv_heads=kv)
     if index:
         work = index["heads"] * index["dim"], 0
-        yield AttentionGroup(n, index["dim"], *work, None, compress=pooled, kv_heads=1)
+        yield AttentionGroup(
+            n, index["dim"], *work, None, compress=pooled, kv_heads=1, indexer=True
+        )
 
 
 def _attention_tensors(g: Mapping[str, Any], hidden: int, layer: int) -> list[TensorCount]:

@@ -30,10 +30,12 @@ _TOP = {
     "schema", "name", "title", "family", "version", "date", "backends", "formats", "quants",
     "published", "kv_types", "sliding_cache", "splits", "host_experts", "ssd_streaming",
     "max_drafts", "plan", "notes", "sources", "memory", "overhead", "efficiency", "flags",
-    "files", "repositories",
+    "files", "repositories", "latent_prompts", "kernels",
 }  # fmt: skip
 _MEMORY = ("micro_batch", "context_bytes", "fraction")
 _OVERHEAD = ("per_layer_s",)
+_KERNELS = ("index_tile",)
+LATENT_PROMPTS = ("latent", "heads")
 _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
     "flash_attention", "sequences", "split_layer", "layer_shares", "remote", "tensor", "expert",
@@ -61,6 +63,8 @@ class Engine:
         ssd_streaming: it can run with weights that stay on disk (memory map).
         max_drafts: longest MTP draft it supports, 0 for none.
         in_plan: whether a plan may recommend it.
+        latent_prompts: how prompts meet a latent cache (MLA): every head the `latent` itself, or
+            `heads` with keys and values multiplied out, which costs a third of the arithmetic.
         quantities: numbers with their source, by dotted key such as `memory.micro_batch`.
         flags: spelling of each setting on the command line.
         files: name of the file or folder of a quant type's weights.
@@ -89,6 +93,7 @@ class Engine:
     files: Mapping[str, str]
     repositories: Mapping[str, str]
     file: str
+    latent_prompts: str = "latent"
 
     @property
     def label(self) -> str:
@@ -107,6 +112,12 @@ class Engine:
         """Memory per device for libraries, graphs and activations that no tensor accounts for."""
         found = self.quantities.get("memory.context_bytes")
         return 0.0 if found is None else found.value
+
+    @property
+    def index_tile(self) -> int:
+        """Keys that an indexer scores per reading of a prompt's queries; 0 where these stay."""
+        found = self.quantities.get("kernels.index_tile")
+        return 0 if found is None else int(found.value)
 
     @property
     def memory_fraction(self) -> float:
@@ -208,6 +219,7 @@ def parse_engine(raw: Mapping[str, Any], file: Path | str) -> Engine:
         files=raw.get("files", {}),
         repositories=raw.get("repositories", {}),
         file=str(file),
+        latent_prompts=raw.get("latent_prompts", "latent"),
     )
 
 
@@ -215,7 +227,8 @@ def _quantities(
     raw: Mapping[str, Any], file: Path | str, sources: Mapping[str, str]
 ) -> dict[str, Quantity]:
     found: dict[str, Quantity] = {}
-    for section, known in (("memory", _MEMORY), ("overhead", _OVERHEAD)):
+    known_keys = (("memory", _MEMORY), ("overhead", _OVERHEAD), ("kernels", _KERNELS))
+    for section, known in known_keys:
         for key, entry in raw.get(section, {}).items():
             if key not in known:
                 raise DeviceFileError(f"{file}: unknown key '{section}.{key}'")
@@ -242,6 +255,10 @@ def _check(raw: Mapping[str, Any], file: Path | str) -> None:
             raise DeviceFileError(f"{file}: '{name}' is missing")
     if raw["sliding_cache"] not in SLIDING_CACHES:
         raise DeviceFileError(f"{file}: 'sliding_cache' must be one of {', '.join(SLIDING_CACHES)}")
+    if raw.get("latent_prompts", "latent") not in LATENT_PROMPTS:
+        raise DeviceFileError(
+            f"{file}: 'latent_prompts' must be one of {', '.join(LATENT_PROMPTS)}"
+        )
     for split in raw["splits"]:
         if split not in SPLITS:
             raise DeviceFileError(f"{file}: split {split!r} is none of {', '.join(SPLITS)}")

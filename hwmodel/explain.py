@@ -56,6 +56,7 @@ def explain(candidate: Candidate, figure: Figure, depth: int, drafts: int = 0) -
         1 + drafts if decode else max(1, depth),
         run.workload.concurrency if decode else 1,
         logit_rows=None if decode else 1,
+        unfold=not decode and candidate.engine.latent_prompts == "heads",
     )
     estimate = predict(run, _QUANTITY[figure])
     return Explanation(figure, candidate, run, depth, estimate, counts, _sources(candidate))

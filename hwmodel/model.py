@@ -43,7 +43,10 @@ class AttentionGroup:
     attention, which reads and writes `state_values` float32 values per step instead. `selected`
     says that the window is not of the latest tokens but of those that an indexer picks: the cache
     keeps all of them. `compress` tokens share one entry. `kv_heads` are the heads that tensor
-    parallelism can deal out; a latent is one, so that every device needs all of it.
+    parallelism can deal out; a latent is one, so that every device needs all of it. `unfolded`
+    are QK and PV per query and key of a latent that is multiplied out into a key and a value of
+    each head (None where that cannot be or saves nothing). `indexer` marks the small attention
+    that only scores: its keys are kept beside those of the layer it serves.
     """
 
     layers: int
@@ -55,6 +58,8 @@ class AttentionGroup:
     selected: bool = False
     compress: int = 1
     kv_heads: int = 8
+    unfolded: tuple[int, int] | None = None
+    indexer: bool = False
 
 
 @dataclass(frozen=True, eq=False)

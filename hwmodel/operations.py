@@ -11,7 +11,7 @@ Axes: T rows of the step, S sequences; a row at position p sees min(window, p + 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hwmodel.model import AttentionGroup, ModelShape
@@ -30,7 +30,7 @@ class StepCounts:
     `kv_values_read` are the K and V values that any query of the step can see, `written` those
     appended. Multiply by the bytes of the KV type. `state_bytes` are those that linear attention
     reads and writes. `shared_scores` and `shared_values_read` are the parts of scores and reads in
-    which all query heads meet one key (latents and indexers).
+    which all query heads meet one key (latents and indexers); `index_scores` those of indexers.
     """
 
     multiply_adds: Mapping[str, float]
@@ -40,6 +40,7 @@ class StepCounts:
     state_bytes: float = 0.0
     shared_scores: float = 0.0
     shared_values_read: float = 0.0
+    index_scores: float = 0.0
 
     def cache_bytes(self, value_bytes: float) -> float:
         """Bytes that a step moves for what it remembers: KV values of `value_bytes`, states."""
@@ -77,6 +78,7 @@ def step_counts(
     logit_rows: int | None = None,
     distinct: float | None = None,
     distinct_tokens: int | None = None,
+    unfold: bool = False,
 ) -> StepCounts:
     """Counts of a step of `rows` rows for each of `sequences` sequences at one depth.
 
@@ -86,6 +88,8 @@ def step_counts(
         distinct: distinct experts per MoE layer that the step touches (None: expectation under
             even, independent routing).
         distinct_tokens: different token ids of the step, whose embedding rows are read.
+        unfold: latents are multiplied out into each head's own keys and values before they are
+            scored (prompts; the product itself is `kv_b_proj`, which every row passes anyway).
     """
     total = rows * sequences
     heads = total if logit_rows is None else logit_rows * sequences
@@ -93,8 +97,10 @@ def step_counts(
     adds: dict[str, float] = {}
     for role, elements in per_row.items():
         adds[role] = elements * (heads if role == "head" else total)
-    adds[SCORES] = sequences * _scores(model.attention, depth, rows)
-    shared = tuple(g for g in model.attention if g.kv_heads == 1)
+    groups = tuple(_unfolded(g) for g in model.attention) if unfold else model.attention
+    adds[SCORES] = sequences * _scores(groups, depth, rows)
+    shared = tuple(g for g in groups if g.kv_heads == 1)
+    indexers = tuple(g for g in groups if g.indexer)
     stored = role_bytes(model, quant)
     read = {r: v for r, v in stored.items() if r not in ("mtp", "embedding", "routed")}
     if model.experts:
@@ -115,7 +121,15 @@ def step_counts(
         state_bytes=2.0 * STATE_BYTES * sequences * _states(model.attention),
         shared_scores=sequences * _scores(shared, depth, rows),
         shared_values_read=sequences * _kv(shared, depth, rows),
+        index_scores=sequences * _scores(indexers, depth, rows),
     )
+
+
+def _unfolded(g: AttentionGroup) -> AttentionGroup:
+    if g.unfolded is None:
+        return g
+    qk, pv = g.unfolded
+    return replace(g, qk_values=qk, pv_values=pv, kv_heads=g.qk_values // g.kv_values)
 
 
 def _scores(groups: tuple[AttentionGroup, ...], depth: int, rows: int) -> float:

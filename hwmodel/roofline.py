@@ -71,7 +71,8 @@ def _decode(c: Candidate, name: str, depth: int, sequences: int, drafts: int = 0
 def _prefill(c: Candidate, tokens: int) -> PhasePoint:
     """A prompt in chunks: every chunk reads the weights (all experts that its tokens choose)."""
     run = c.at(depth=0, prompt_tokens=tokens, concurrency=1, drafts=0)
-    counts = step_counts(run.model, run.quant, 0, tokens, logit_rows=1)
+    unfold = c.engine.latent_prompts == "heads"
+    counts = step_counts(run.model, run.quant, 0, tokens, logit_rows=1, unfold=unfold)
     chunk = min(tokens, run.workload.micro_batch or c.engine.micro_batch)
     each = step_counts(run.model, run.quant, 0, chunk, logit_rows=1)
     kv = counts.cache_bytes(kv_value_bytes(run.workload.kv_type))

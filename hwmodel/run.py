@@ -72,6 +72,21 @@ class EngineLike(Protocol):
         """Prompt tokens computed together when the run does not state it."""
         ...
 
+    @property
+    def kv_types(self) -> tuple[str, ...]:
+        """Types of the KV cache, the default first."""
+        ...
+
+    @property
+    def latent_prompts(self) -> str:
+        """How prompts meet a latent cache: `latent` or `heads`."""
+        ...
+
+    @property
+    def index_tile(self) -> int:
+        """Keys that an indexer scores per reading of a prompt's queries, 0 if read once."""
+        ...
+
 
 @dataclass(frozen=True)
 class Workload:

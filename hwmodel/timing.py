@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from hwmodel import placement as place
 from hwmodel.effects import Context, Features, age_effects, context_of
 from hwmodel.memory import kv_value_bytes, stated_scale
+from hwmodel.model import ModelShape
 from hwmodel.operations import StepCounts, draft_bytes, step_counts
 from hwmodel.placement import Machine
 from hwmodel.quant import bits_per_weight
@@ -29,8 +30,16 @@ BANDWIDTH_PRIOR = {
 # Seconds per layer beyond the matrices: launches, normalisation, routing.
 OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
 MOE_OVERHEAD = 50e-6
+# Launches of one row that no plain layer has, each beside the matrices' own: hyper-connections
+# (norm, mix, split, collapse and expand around two sublayers; github.com/antirez/ds4/pull/1042),
+# pooling of keys (projection, position, store, norm, rotation) and an indexer (queries, rotation,
+# transform, weights, scores, selection). A queued launch takes about 10 us on Apple's GPUs
+# (github.com/antirez/ds4/pull/846); elsewhere half, what OVERHEAD_PRIOR is per launch.
+RESIDUAL_LAUNCHES, POOL_LAUNCHES, INDEX_LAUNCHES = 10, 5, 6
+LAUNCH_S = {"apple": 10e-6}
 COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
 SCORES_PRIOR = 0.30  # the same for scores of attention
+QUERY_PRIOR = 0.55  # of the bandwidth, queries that an indexer reads again (as KV reads)
 BATCH_COMPUTE_PRIOR = 0.20  # the same for a few rows per step
 HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
@@ -212,6 +221,7 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
     effects = c.features("overhead", "class", "device", "class+group", "engine")
     base = run.model.layers * per_layer + run.model.moe_layers * MOE_OVERHEAD
+    base += extra_launches(run.model) * LAUNCH_S.get(c.device_class, 5e-6)
     width = math.log2(run.model.hidden_size / 4096)
     effects += (("overhead/width", width),)
     effects += tuple((f"overhead/kind={k}", 1.0) for k in run.model.kinds if k != "gqa")
@@ -227,6 +237,15 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
         effects = c.features("verify", "family", "class+group")
         parts.append(Part("verification", "overhead", base, effects))
     return parts
+
+
+def extra_launches(model: ModelShape) -> int:
+    """Launches of a step beyond those of plain layers of attention and experts."""
+    found = RESIDUAL_LAUNCHES * sum(t.role == "residual" and not t.mtp for t in model.tensors)
+    for g in model.attention:
+        found += INDEX_LAUNCHES * g.layers if g.indexer else 0
+        found += POOL_LAUNCHES * g.layers if g.compress > 1 and not g.indexer else 0
+    return found
 
 
 def peak_flop(run: RunConfig, m: Machine) -> float:
@@ -320,7 +339,8 @@ def prefill_parts(run: RunConfig) -> list[Part]:
     depth = run.workload.depth or 0
     chunk = place.chunk_tokens(run, prompt, c.family)
     chunks = math.ceil(prompt / chunk)
-    counts = step_counts(run.model, run.quant, depth, prompt, logit_rows=chunks)
+    unfold = run.engine.engine.latent_prompts == "heads"
+    counts = step_counts(run.model, run.quant, depth, prompt, logit_rows=chunks, unfold=unfold)
     speedup = machine.pipeline(chunks)
     parts = _compute_parts(run, machine, c, counts, min(chunk, prompt), speedup)
     per_chunk = step_counts(run.model, run.quant, depth, min(chunk, prompt), logit_rows=1)
@@ -365,12 +385,17 @@ def _compute_parts(
     if scores > 0:
         t = 2 * scores / m.flop("fp16") / speedup
         effects = c.features("scores", "class", "device", "class+group")
-        share = counts.shared_scores / scores
-        effects += (("scores/kind=shared", share),) if share else ()
         limit = 2 * scores / best
         parts.append(
             Part("attention", "compute", t / SCORES_PRIOR, effects, limit, flop=2 * scores)
         )
+    tile = run.engine.engine.index_tile
+    if tile and counts.index_scores:
+        # float32 queries of all heads come from memory again for every tile of keys
+        size = 4.0 * counts.index_scores / tile
+        t = size / m.bandwidth_bytes_per_s / speedup
+        effects = c.features("index queries")
+        parts.append(Part("indexer queries", "memory bandwidth", t / QUERY_PRIOR, effects, t, size))
     if on_host > 0:
         t = 2 * (dense + routed) * on_host / m.host_flop_per_s
         parts.append(Part("host arithmetic", "compute", t / 0.3, c.features("host compute"), t))

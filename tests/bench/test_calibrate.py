@@ -2,15 +2,17 @@
 
 import dataclasses
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bench.calibrate import baseline_tok_s, by_sweep, calibrate, errors_of, leave_out, worse
+from bench.paired import change_of
 from bench.problem import Problem, per_user, samples_of
 from bench.resolve import resolve
 from bench.runs import RunRecord, published_runs_path, read_runs
-from hwmodel.fit import Fit, load_fit, seconds
+from hwmodel.fit import Fit, FittedRun, load_fit, seconds
 from hwmodel.predict import predict
 from refimpl.errors import InputError
 
@@ -114,13 +116,55 @@ def test_baseline_is_bandwidth_and_150_microseconds_a_layer() -> None:
     assert found == pytest.approx(1 / (weights + 45 * 150e-6), rel=0.01)
 
 
-def test_a_worse_fit_is_named_as_such() -> None:
-    def with_error(median: float) -> Fit:
-        return Fit(errors={"decode_tok_s": {"leave_sweep_out": {"median": median}}})
+def fit_with(errors: list[float], column: str = "held_out") -> Fit:
+    """A fit of figures of 100 tok/s from as many sources, with those left-out errors."""
+    runs = tuple(
+        FittedRun(
+            id=f"R{i}", quantity="decode_tok_s", config={}, measured=100.0, predicted=100.0,
+            held_out=100.0, new_device=100.0, low=0.0, high=0.0, source=f"bench {i}",
+        )
+        for i in range(len(errors))
+    )  # fmt: skip
+    found = []
+    for run, error in zip(runs, errors, strict=True):
+        changed: dict[str, Any] = {column: 100 * (1 + error)}
+        found.append(dataclasses.replace(run, **changed))
+    return Fit(runs=tuple(found))
 
-    assert worse(with_error(0.12), with_error(0.10))
-    assert worse(with_error(0.10), with_error(0.12)) is None
-    assert worse(with_error(0.10), Fit()) is None
+
+@pytest.mark.parametrize(
+    ("column", "left_out"), [("held_out", "sweeps"), ("new_device", "devices")]
+)
+def test_a_fit_is_worse_where_the_same_figures_say_so_together(column: str, left_out: str) -> None:
+    errors = [0.01 * (i % 30) for i in range(60)]
+    old, new = fit_with(errors, column), fit_with([e + 0.02 for e in errors], column)
+    assert f"leaving {left_out} out, the median error of decode_tok_s on the 60" in str(
+        worse(new, old)
+    )
+    assert worse(old, new) is None
+    assert worse(new, Fit()) is None
+
+
+def test_a_change_that_goes_both_ways_is_noise() -> None:
+    """The median may rise while as many figures fall: no reason to keep the old fit."""
+    old = [0.01 * (i % 30) for i in range(60)]
+    new = [abs(e + (0.012 if i % 2 else -0.01)) for i, e in enumerate(old)]
+    assert np.median(new) > np.median(old)
+    assert worse(fit_with(new), fit_with(old)) is None
+
+
+def test_figures_that_were_measured_again_are_not_compared() -> None:
+    old = fit_with([0.1] * 20)
+    again = Fit(runs=tuple(dataclasses.replace(r, measured=150.0) for r in old.runs))
+    assert worse(again, old) is None
+
+
+def test_a_paired_change_is_surer_than_the_spread_of_the_errors() -> None:
+    """Errors that spread widely, all 1 point larger: the interval is that point."""
+    before = [i / 40 for i in range(40)]
+    after = [e + 0.01 for e in before]
+    change, low, high = change_of(before, after, [str(i) for i in range(40)], np.mean)
+    assert (change, low, high) == pytest.approx((0.01, 0.01, 0.01))
 
 
 def test_statistics() -> None:
