@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @click.option("--model", default="", metavar="NAME", help="Where the file does not say it.")
 @click.option("--quant", default="", metavar="TYPE", help="Type of the weights.")
 @click.option("--device", default="", metavar="NAME", help="What it ran on.")
-@click.option("--count", "n_devices", type=float, metavar="N", help="How many of them.")
+@click.option(
+    "--count", "n_devices", type=click.IntRange(1, 100_000), metavar="N", help="How many of them."
+)
 @click.option("--engine", default="", metavar="NAME", help="What ran it.")
 @click.option("--engine-version", default="", metavar="TEXT", help="Its version or build.")
 @click.option("--backend", default="", metavar="NAME", help="cuda, metal, cpu, ...")

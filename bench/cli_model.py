@@ -138,13 +138,24 @@ def _compare_structure(records: list[RunRecord], file: str, as_json: bool) -> No
         note(f"wrote {file}")
 
 
+def _date(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    import re
+
+    if value is not None and not re.fullmatch(r"\d{4}-(0\d|1[0-2])(-[0-3]\d)?", value):
+        raise click.BadParameter(f"'{value}' is no date such as 2026-11-22", ctx, param)
+    return value
+
+
 @click.command()
 @click.option(
     "--runs", metavar="FILE", help="CSV of runs, '-' for stdin. [default: published runs]"
 )
 @click.option("--out", metavar="FILE", help="Where the fit goes. [default: the shipped fit]")
 @click.option(
-    "--as-of", metavar="DATE", help="Date of the runs, kept in the file. [default: today]"
+    "--as-of",
+    metavar="DATE",
+    callback=_date,
+    help="Date of the runs, 2026-11 or 2026-11-22, kept in the file. [default: today]",
 )
 @click.option("--force", is_flag=True, help="Replace a better fit.")
 @click.option(
@@ -172,23 +183,25 @@ def calibrate(
     from bench.calibrate import calibrate as fit_to
     from bench.calibrate import worse
     from bench.compare_view import errors_text
+    from hwmodel.files import check_writable
     from hwmodel.fit import load_fit, published_path, to_json
 
     records = _read((runs or _PUBLISHED,), None, None)
     if structure is not None:
         _compare_structure(records, structure, as_json)
         return
+    path = Path(out) if out else published_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     fit = fit_to(records, as_of or datetime.date.today().isoformat())
     if as_json:
         print_json(fit.errors)
     else:
         click.echo(errors_text(fit))
-    path = Path(out) if out else published_path()
     if path.is_file() and not force:
         problem = worse(fit, load_fit(path))
         if problem:
             note(f"{path} is kept: {problem}; --force replaces it")
             click.get_current_context().exit(1)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, to_json(fit))
     note(f"wrote {path}")

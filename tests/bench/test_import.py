@@ -251,3 +251,8 @@ def test_unknown_fields_survive_the_csv() -> None:
     run = CliRunner().invoke(main, ["import", str(DATA / "llama-bench.csv")])
     row = next(csv.DictReader(io.StringIO(run.stdout)))
     assert row["llama-bench:n_threads"] == "2" and row["llama-bench:flash_attn"] == "-1"
+
+
+def test_fewer_than_one_device_is_refused() -> None:
+    run = CliRunner().invoke(main, ["import", str(DATA / "llama-bench.csv"), "--count", "0"])
+    assert run.exit_code == 2 and "0 is not in the range" in run.stderr and not run.stdout
