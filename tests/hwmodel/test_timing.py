@@ -17,13 +17,13 @@ from hwmodel.timing import Part, extra_launches
 POOLED = "deepseek-v4-flash"
 
 
-def run_of(model: str, engine: str, device: str, **work: int) -> RunConfig:
+def run_of(model: str, engine: str, device: str, workload: Workload) -> RunConfig:
     return RunConfig(
         model=load_model(model),
         quant=load_quant("IQ2-experts"),
         devices=(DeviceCount(load_device(device), 1),),
         engine=EngineChoice(load_engine(engine)),
-        workload=Workload(**work),
+        workload=workload,
     )
 
 
@@ -47,8 +47,9 @@ def test_prompts_meet_latents_or_keys_of_their_own_heads() -> None:
 def test_servers_multiply_latents_out_in_prompts_and_others_do_not() -> None:
     ways = {name: load_engine(name).latent_prompts for name in ("vllm", "sglang", "llama.cpp")}
     assert ways == {"vllm": "heads", "sglang": "heads", "llama.cpp": "latent"}
-    plain = parts_of(run_of("kimi-k2", "llama.cpp", "h100", prompt_tokens=8192), "prefill_tok_s")
-    served = parts_of(run_of("kimi-k2", "vllm", "h100", prompt_tokens=8192), "prefill_tok_s")
+    work = Workload(prompt_tokens=8192)
+    plain = parts_of(run_of("kimi-k2", "llama.cpp", "h100", work), "prefill_tok_s")
+    served = parts_of(run_of("kimi-k2", "vllm", "h100", work), "prefill_tok_s")
     assert served["attention"].flop == pytest.approx(plain["attention"].flop * 320 / 1088)
 
 
@@ -61,11 +62,11 @@ def test_selected_latents_stay_as_they_are() -> None:
 
 def test_an_indexer_reads_its_queries_again_for_every_tile_of_keys() -> None:
     """ds4: 64 heads of 128 float32 values for every 32 keys, 1 KB for a token and a key."""
-    work = {"prompt_tokens": 2048, "depth": 30720}
-    parts = parts_of(run_of(POOLED, "ds4", "m4max", **work), "prefill_tok_s")
+    work = Workload(prompt_tokens=2048, depth=30720)
+    parts = parts_of(run_of(POOLED, "ds4", "m4max", work), "prefill_tok_s")
     pairs = (2048 * 30720 + 2048 * 2049 / 2) / 4
     assert parts["indexer queries"].bytes == pytest.approx(21 * 1024 * pairs)
-    other = parts_of(run_of(POOLED, "llama.cpp", "m4max", **work), "prefill_tok_s")
+    other = parts_of(run_of(POOLED, "llama.cpp", "m4max", work), "prefill_tok_s")
     assert "indexer queries" not in other
 
 
@@ -77,7 +78,7 @@ def test_hyper_connections_pools_and_indexers_are_launches_of_their_own() -> Non
     plain = dataclasses.replace(
         shape, tensors=tuple(t for t in shape.tensors if t.role != "residual")
     )
-    run = run_of(POOLED, "ds4", "m4max", depth=2048)
+    run = run_of(POOLED, "ds4", "m4max", Workload(depth=2048))
     found = [
         parts_of(r, "decode_tok_s")["overhead"].base_s
         for r in (run, dataclasses.replace(run, model=plain))
