@@ -160,15 +160,27 @@ def load_fit(path: Path | None = None) -> Fit:
     if path is None:
         shipped = published_path()
         return load_fit(shipped) if shipped.is_file() else Fit()
+    return from_json(read_json(path, "bench calibrate"), str(path))
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """The JSON of a file of efficiencies, whatever it holds.
+
+    Raises:
+        InputError: the file is missing, too large or not JSON; the message names what makes one.
+    """
     try:
         if path.stat().st_size > MAX_FIT_BYTES:
             raise InputError(f"{path}: too large for a fit file ({MAX_FIT_BYTES} bytes at most)")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON fit file ({error})") from None
-    return from_json(data, str(path))
+        raise InputError(f"{path}: not a JSON fit file ({error}); run {made_by}") from None
+
+
+# What a file of another form leads to when it is read as a fit.
+_DAMAGED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def from_json(data: Any, name: str = "fit") -> Fit:
@@ -182,26 +194,58 @@ def from_json(data: Any, name: str = "fit") -> Fit:
     try:
         effects = {str(k): float(v) for k, v in data["effects"].items()}
         covariance = tuple(tuple(map(float, row.split())) for row in data["covariance"])
-        runs = tuple(FittedRun(**r) for r in data.get("runs", ()))
+        runs = tuple(_run(r) for r in data.get("runs", ()))
         fit = Fit(
             effects=effects,
             covariance=covariance,
             sigma={str(k): float(v) for k, v in data["sigma"].items()},
             band={str(k): float(v) for k, v in data["band"].items()},
-            errors=data.get("errors", {}),
+            errors={str(q): _statistics(e) for q, e in data.get("errors", {}).items()},
             runs=runs,
             data_hash=str(data.get("data_hash", "")),
             as_of=str(data.get("as_of", "")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _DAMAGED as error:
         raise InputError(f"{name}: not a valid fit file ({error!r}); run bench calibrate") from None
     shape_ok = len(covariance) == len(effects)
     shape_ok = shape_ok and all(len(row) == i + 1 for i, row in enumerate(covariance))
-    finite = all(map(math.isfinite, effects.values()))
+    finite = all(map(math.isfinite, (*effects.values(), *fit.sigma.values(), *fit.band.values())))
     finite = finite and all(math.isfinite(v) for row in covariance for v in row)
     if not shape_ok or not finite:
-        raise InputError(f"{name}: covariance and effects of the fit do not belong together")
+        raise InputError(
+            f"{name}: effects, covariance and spreads of the fit do not belong together"
+        )
     return fit
+
+
+def _run(data: Mapping[str, Any]) -> FittedRun:
+    """A run of a fit file; what is computed with must be numbers, and a speed above 0."""
+    run = FittedRun(**data)
+    counts = [float(run.config.get(k) or 0) for k in ("devices", *_UNLIKE_NUMBERS)]
+    speeds = [0.0 + getattr(run, k) for k in _SPEEDS]
+    if not all(map(math.isfinite, counts)) or not all(0 <= v < math.inf for v in speeds):
+        raise ValueError(f"run {run.id!r:.40}: a number is negative or not finite")
+    if not (run.measured > 0 and run.held_out > 0):
+        raise ValueError(f"run {run.id!r:.40}: a speed is 0")
+    return run
+
+
+def _statistics(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Errors of one quantity: statistics by what was left out, or by group and that."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in data.items():
+        if any(isinstance(v, dict) for v in entry.values()):
+            found[name] = _statistics(entry)
+            continue
+        found[name] = values = {str(k): 0.0 + v for k, v in entry.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError(f"errors {name!r:.40}: a number is not finite")
+        if values.get("n"):
+            found[name] = {**values, "n": int(values["n"]), **{k: values[k] for k in _SHOWN}}
+    return found
+
+
+_SHOWN = ("median", "p90")  # what a plan says of errors
 
 
 def to_json(fit: Fit) -> dict[str, Any]:

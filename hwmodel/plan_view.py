@@ -176,6 +176,7 @@ def _drafts(plan: Plan) -> list[str]:
 
 
 def split_text(candidate: Candidate) -> str:
+    """How the model is dealt out over devices, host memory and disk, in words."""
     place, n = candidate.run.placement, candidate.count
     layers = candidate.run.model.moe_layers
     text = {

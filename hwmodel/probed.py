@@ -16,14 +16,13 @@ An engine that neither has is predicted with the published fit, and the estimate
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwmodel.fit import MAX_FIT_BYTES, Fit, from_json, load_fit, prior_spread, to_json
+from hwmodel.fit import Fit, from_json, load_fit, prior_spread, read_json, to_json
 from hwmodel.run import RunConfig
 from refimpl.errors import InputError
 
@@ -92,14 +91,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is too large, not JSON, or of another form.
     """
-    try:
-        if path.stat().st_size > MAX_FIT_BYTES:
-            raise InputError(f"{path}: too large for a fit file ({MAX_FIT_BYTES} bytes at most)")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON fit file ({error}); run bench loop fit") from None
+    data = read_json(path, "bench loop fit")
     known = isinstance(data, dict) and data.get("schema") == SCHEMA
     if not known or not isinstance(data.get("engines"), dict) or "host" not in data:
         raise InputError(f"{path}: not written by bench loop fit with schema {SCHEMA}")

@@ -1,6 +1,7 @@
 """The fit file: written and read back, damaged files refused, the nearest run found."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,36 @@ def test_damaged_files_get_one_sentence(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError) as caught:
         load_fit(file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("sigma", "decode_tok_s"), math.inf),
+        (("band", "decode_tok_s"), 10**400),
+        (("errors",), None),
+        (("errors", "decode_tok_s"), "x"),
+        (("errors", "decode_tok_s", "leave_sweep_out"), None),
+        (("errors", "decode_tok_s", "leave_sweep_out", "median"), "x"),
+        (("errors", "decode_tok_s", "leave_sweep_out", "median"), math.nan),
+        (("errors", "decode_tok_s", "leave_sweep_out"), {"n": 3}),
+        (("runs", 0, "measured"), 0),
+        (("runs", 0, "held_out"), "40"),
+        (("runs", 0, "config"), []),
+        (("runs", 0, "config", "depth"), "deep"),
+    ],
+)
+def test_a_value_that_cannot_be_computed_with_gets_one_sentence(
+    where: tuple[str | int, ...], value: object
+) -> None:
+    data = json.loads(json.dumps(to_json(load_fit())))
+    at = data
+    for key in where[:-1]:
+        at = at[key]
+    at[where[-1]] = value
+    with pytest.raises(InputError, match=r"^mine: .*fit") as caught:
+        from_json(data, "mine")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_gets_one_sentence(tmp_path: Path) -> None:
