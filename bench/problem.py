@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from bench.resolve import resolve
 from bench.runs import RunRecord
 from hwmodel.fit import Fit, prior_spread
+from hwmodel.parts import Part
 from hwmodel.predict import step_parts
 from hwmodel.run import Quantity, RunConfig
-from hwmodel.timing import Part
 from refimpl.errors import RefimplError
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hwmodel.parts import Part
 from hwmodel.run import NearestRun
-from hwmodel.timing import Part
 from refimpl.errors import InputError
 
 SCHEMA = 1

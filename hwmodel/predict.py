@@ -13,11 +13,12 @@ from typing import Any
 
 from hwmodel.effects import context_of
 from hwmodel.fit import Fit, nearest_run, part_seconds, seconds, spread
+from hwmodel.parts import Part
 from hwmodel.placement import machine
 from hwmodel.probed import fit_for
 from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
 from hwmodel.speculative import tokens_per_step
-from hwmodel.timing import Part, decode_parts, prefill_parts
+from hwmodel.timing import decode_parts, prefill_parts
 from refimpl.errors import RefimplError
 
 # Further spread (natural logarithm) for what a run leaves open.

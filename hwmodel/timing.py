@@ -11,13 +11,15 @@ The fit evaluates the same parts (`hwmodel.fit.seconds`), so that there is one e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hwmodel import placement as place
 from hwmodel.effects import Context, Features, age_effects, context_of
+from hwmodel.links import LINK_PRIOR, link_parts
 from hwmodel.memory import kv_value_bytes, stated_scale
 from hwmodel.model import ModelShape
 from hwmodel.operations import StepCounts, draft_bytes, step_counts
+from hwmodel.parts import Part
 from hwmodel.placement import Machine
 from hwmodel.quant import bits_per_weight
 from hwmodel.run import RunConfig
@@ -45,27 +47,6 @@ HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the pr
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
 PACK_PRIOR = 0.40  # the same for packing experts that are sent over a link
 HAND_OVER_S = 100e-6  # activations to the host and back, per layer with experts there
-LINK_PRIOR = 0.75  # of a link's datasheet speed
-ALL_REDUCE_S = {"nvlink": 8e-6, "xgmi": 12e-6, "pcie": 25e-6, "network": 40e-6}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a step.
-
-    Attributes:
-        base_s: seconds at the prior efficiency.
-        peak_s: seconds at the datasheet's peak (0 for overheads).
-        features: names and values of the effects that change `base_s`.
-    """
-
-    name: str
-    resource: str
-    base_s: float
-    features: Features
-    peak_s: float = 0.0
-    bytes: float = 0.0
-    flop: float = 0.0
 
 
 def decode_parts(run: RunConfig) -> list[Part]:
@@ -81,7 +62,7 @@ def decode_parts(run: RunConfig) -> list[Part]:
     parts += _kv_parts(run, machine, c, counts, depth)
     parts += _overhead_parts(run, machine, c, rows)
     parts += _row_parts(run, machine, c, counts, rows * work.concurrency)
-    parts += _link_parts(run, machine, c, rows * work.concurrency)
+    parts += link_parts(run, machine, c, rows * work.concurrency)
     if work.drafts:
         parts += _draft_parts(run, machine, c)
     if _interleaves(run, c):
@@ -271,51 +252,6 @@ def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows:
     return [Part("arithmetic", "compute", base, effects, limit, flop=flop)]
 
 
-def _link_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
-    """Two all-reduces per layer for tensor parallel, one hand-over per device for layer split."""
-    hidden_bytes = 2.0 * rows * run.model.hidden_size
-    if run.placement.attention_groups > 1:
-        return _grouped_links(run, m, c, rows)
-    if m.parallel > 1:
-        hops = 2 * run.model.layers
-        latency = ALL_REDUCE_S.get(m.link_kind, 25e-6) * (1 + math.log2(m.parallel)) / 2
-        moved = hops * hidden_bytes * 2 * (m.parallel - 1) / m.parallel
-        base = hops * latency + moved / m.link_bytes_per_s / LINK_PRIOR
-        effects = (*c.features("links", "family"), (f"links/kind={m.link_kind}", 1.0))
-        return [Part("links", "links", base, effects, moved / m.link_bytes_per_s, moved)]
-    if m.stages > 1:
-        moved = (m.stages - 1) * hidden_bytes
-        base = (m.stages - 1) * 30e-6 + moved / m.link_bytes_per_s / LINK_PRIOR
-        return [Part("links", "links", base, c.features("stages", "family"),
-                     moved / m.link_bytes_per_s, moved)]  # fmt: skip
-    return []
-
-
-def _grouped_links(run: RunConfig, m: Machine, c: Context, rows: int) -> list[Part]:
-    """Data-parallel attention: one all-reduce inside each group and layer, and in layers of
-    experts every row to the machines of its experts (8 bits a value) and back (16 bits).
-
-    A row meets at most `top_k` other machines, or other devices where all share one link.
-    """
-    model, place, device = run.model, run.placement, run.devices[0].device
-    width = max(1, m.parallel // place.attention_groups)
-    own_rows = rows / place.attention_groups
-    link = device.link_bytes_per_s or m.link_bytes_per_s
-    reduced = model.layers * 2 * 2.0 * own_rows * model.hidden_size * (width - 1) / width
-    inside = model.layers * ALL_REDUCE_S["nvlink"] * (1 + math.log2(width)) / 2
-    inside = inside if width > 1 else 0.0
-    # all devices of a machine send their rows at once, each over its own share of the network
-    hosts = -(-m.parallel // max(width, getattr(device, "max_per_host", 1)))
-    others = hosts - 1 if m.link_kind == "network" else m.parallel - 1
-    targets = min(model.top_k, max(1, others))
-    sent = model.moe_layers * 3.0 * rows / m.parallel * model.hidden_size * targets
-    latency = model.moe_layers * 2 * ALL_REDUCE_S.get(m.link_kind, 25e-6)
-    limit = reduced / link + sent / m.link_bytes_per_s
-    effects = (*c.features("links", "family"), (f"links/kind={m.link_kind}", 1.0))
-    base = inside + latency + limit / LINK_PRIOR
-    return [Part("links", "links", base, effects, limit, reduced + sent)]
-
-
 def _draft_parts(run: RunConfig, m: Machine, c: Context) -> list[Part]:
     drafts = run.workload.drafts
     size = draft_bytes(run.model, run.quant, drafts)
@@ -351,7 +287,7 @@ def prefill_parts(run: RunConfig) -> list[Part]:
     parts.append(Part("overhead", "overhead", base, effects))
     parts += [
         _scaled(p, chunks, p.name, c.features("prefill links"))
-        for p in _link_parts(run, machine, c, min(chunk, prompt))
+        for p in link_parts(run, machine, c, min(chunk, prompt))
     ]
     return _with(parts, age_effects(c, "prefill"))
 
