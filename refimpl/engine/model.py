@@ -21,6 +21,7 @@ from refimpl.engine.drafting import draft_chain
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.kv import KV_TYPES, KvType
 from refimpl.engine.memory import Bytes, require_memory
+from refimpl.engine.processor import require_half_precision
 from refimpl.engine.program import Program
 from refimpl.engine.residency import Residency
 from refimpl.engine.simd import choose_simd
@@ -55,7 +56,8 @@ class EngineModel:
     AMX they take bfloat16 activations, nearer to float32 than int8 ones.
 
     Raises:
-        InputError: an option that cannot be, or a tensor of a type without kernels.
+        InputError: an option that cannot be, a processor without float16, or a tensor of a type
+            without kernels.
         CheckpointError: a tensor whose bytes are not as they should be.
     """
 
@@ -72,6 +74,7 @@ class EngineModel:
     ) -> None:
         if micro_batch < _MAX_DECODE_ROWS:
             raise InputError(f"micro_batch is {micro_batch}, expected {_MAX_DECODE_ROWS} or more")
+        require_half_precision()
         self.source, self._ring, self._micro_batch = source, ring, micro_batch
         self._kv = _kv_type(kv_type or ("f32" if exact else "f16"))
         self.team = Team(default_threads() if threads is None else threads)

@@ -1,6 +1,10 @@
 """What depends on the machine: the choice of instructions, threads, the bandwidth probe."""
 
+import os
+import platform
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +58,17 @@ def test_instructions_that_the_processor_lacks_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(simd, "cpu_features", lambda: frozenset(V2))
     with pytest.raises(InputError, match=r"lacks avx512f.*choose avx2 or portable"):
         simd.choose_simd("avx512")
+
+
+def test_a_processor_without_float16_is_refused_in_a_sentence() -> None:
+    """Where kernels would be linked to functions that are not there, which ends the process."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("other processors have float16")
+    command = [sys.executable, "-c", "from refimpl.cli import main; main()", "generate", "a"]
+    environment = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "it lacks f16c, or a virtual machine hides it" in done.stderr
 
 
 def test_kernels_are_compiled_anew_when_anything_that_they_are_made_from_changes() -> None:
