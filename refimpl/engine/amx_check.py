@@ -83,8 +83,8 @@ def _tried() -> tuple[str, bool]:
 
 
 def largest_error(unit: TileUnit) -> float:
-    """Largest difference of the products of `unit` from those of the emulation, over the sum of
-    the sizes of the terms."""
+    """Largest difference of the products of `unit` from those of the emulation, over the number of
+    their terms, whose size is about 1."""
     random, worst = np.random.default_rng(1), 0.0
     reference = amx_multiplying(TileUnit("amx emulated", unit.sources))
     for count, rows, first in _SHAPES:
