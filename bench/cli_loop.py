@@ -241,10 +241,22 @@ def _names(only: tuple[str, ...]) -> list[str]:
 
 
 def _cases(models: str, threads: int | None, only: tuple[str, ...], probe: bool) -> list[Any]:
+    """Cases asked for.
+
+    Raises:
+        RequestError: one of them is none of these points.
+    """
     from bench.loop_points import cases
+    from hwmodel.errors import RequestError
     from refimpl.engine.threads import default_threads
 
-    wanted = _names(only)
-    found = cases(Path(models), threads or default_threads(), probe)
-    mine = [c for c in found if c.model in wanted]
-    return [c for c in mine if not only or c.name.partition(" ")[2] in only]
+    _names(only)
+    found = {
+        c.name.partition(" ")[2]: c
+        for c in cases(Path(models), threads or default_threads(), probe)
+    }
+    for name in only:
+        if name not in found:
+            where = "in" if probe else "outside"
+            raise RequestError(f"no case '{name}' {where} the probe; expected {', '.join(found)}")
+    return [c for name, c in found.items() if not only or name in only]

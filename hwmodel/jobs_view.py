@@ -137,7 +137,7 @@ def jobs_text(jobs: Sequence[tuple[Job, Terms]]) -> str:
     """One job on one machine in full, or on several side by side."""
     profile = jobs[0][0].profile
     first = jobs[0][0]
-    lines = [profile.title, profile.about, ""]
+    lines = [*filter(None, (profile.title, profile.about)), ""]
     counts = {p.name: p.tokens for p in first.phases if p.name != "waiting"}
     lines.append(
         "tokens: "

@@ -192,6 +192,7 @@ def test_compare_writes_text_values_and_picture(tmp_path: Path) -> None:
         (("compare",), "run bench loop predict"),
         (("measure",), "write them first: bench loop predict"),
         (("measure", "--probe", "--only", "q9"), "no points of a model 'q9'"),
+        (("measure", "--probe", "--only", "q4_0 deep"), "no case 'q4_0 deep' in the probe"),
         (("probe", "--device-file", "none.toml"), "none.toml"),
     ],
 )
