@@ -21,6 +21,7 @@ from bench.engine_cases import (
 from bench.engine_figures import Figures, Row, kernels, rows_of
 from bench.engine_run import ROUNDS_FILE, all_rounds
 from bench.interleave import Ratio, Round, quiet_rounds
+from bench.markdown import markdown
 from hwmodel.errors import RunFileError
 
 _CAPTIONS = {
@@ -333,13 +334,3 @@ def samples_csv(f: Figures) -> str:
                      m.build, m.flags, number, f"{speed:.4f}", f"{ns / 1e9:.6f}")
                 )  # fmt: skip
     return out.getvalue()
-
-
-def markdown(header: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
-    """a Markdown table, or that nothing was measured."""
-    names = list(header)
-    if not rows:
-        return "Not measured."
-    lines = [names, ["---"] * len(names), *rows]
-    cells = [[c.replace("|", "/") for c in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

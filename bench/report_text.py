@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import COMPARED, worst_rows
-from bench.cpu_engine import markdown
+from bench.markdown import markdown
 from bench.report import Sources, row_notes
 
 WORST = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from bench.markdown import markdown
 from bench.residency import ENGINE_ARMS, LLAMA_ARM, Sample
 
 FILE = "residency.json"
@@ -19,8 +20,6 @@ _ARMS = {
 
 def section(samples: Sequence[Sample]) -> list[str]:
     """Paragraphs in Markdown; none without samples."""
-    from bench.cpu_engine import markdown
-
     if not samples:
         return []
     groups = sorted({(s.file_bytes, s.limit_bytes) for s in samples})

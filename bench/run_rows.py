@@ -15,12 +15,12 @@ from bench.importers.table import Stated
 from bench.interleave import Round, best_probe, read_rounds, usable
 from bench.runners.base import Measurement
 from bench.runs import RunRecord
+from hwmodel.devices import LOCAL
 from refimpl.errors import RefimplError
 
 if TYPE_CHECKING:
     from bench.run import Files
 
-LOCAL = "local"
 _DROPPED = ("an answer without text", "the answer stopped midway")
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+from bench.markdown import markdown
+
 FILE = "start_up.json"
 TOKENS = 8
 PROMPT = "def fibonacci(n):"
@@ -78,8 +80,6 @@ def measure(cold: int, warm: int) -> dict[str, Any]:
 
 def section(record: dict[str, Any] | None) -> list[str]:
     """The report's paragraphs in Markdown; none without a record."""
-    from bench.cpu_engine import markdown
-
     if record is None:
         return []
     rows = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.compare_view import percent
-from bench.cpu_engine import markdown
+from bench.markdown import markdown
 from bench.problem import FITTED
 from bench.structure import INTERVAL, LEFT_OUT, MIN_SWEEPS, Difference, Pair, difference, groups_of
 from hwmodel.cli_support import table
