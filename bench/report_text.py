@@ -103,6 +103,8 @@ def _coverage(found: Sources) -> str:
     s = found.result["summary"]
     statuses = s["statuses"]
     unjudged = [r for r in found.result["rows"] if not r["judged"]]
+    beyond = [r for r in found.result["rows"] if r["status"] == "extrapolated"]
+    fitted = sum(r["held_out_predicted"] is not None for r in beyond)
     reasons = Counter(_why(r.fit_ok) for r in found.records if not r.may_fit)
     rows = [
         ("runs", str(len(found.records))),
@@ -112,9 +114,10 @@ def _coverage(found: Sources) -> str:
         ("judged: may enter an error statistic", str(s["judged"])),
         ("of these predicted", f"{_pc(s['coverage'])} %"),
         ("shown but not judged", f"{len(unjudged)} figures"),
-        ("in the fit", str(statuses["calibrated"])),
+        ("calibrated: in the fit, everything of it known", str(statuses["calibrated"])),
         ("known device class and engine, configuration never seen", str(statuses["held_out"])),
-        ("extrapolated: a name or a reach beyond what was measured", str(statuses["extrapolated"])),
+        ("extrapolated: a name, a shape or a reach beyond what is known",
+         f"{len(beyond)} ({fitted} of them in the fit)"),
         ("declined: no known hardware, or no size of the weights", str(statuses["declined"])),
         ("beyond the datasheet's limit (flagged, kept)", str(s["beyond_limit"])),
     ]  # fmt: skip
