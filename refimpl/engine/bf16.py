@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from refimpl.engine.jit import intrinsic
-from refimpl.engine.vec import F32x16, I16x16, I32x16, call
+from refimpl.engine.vec import F32x16, I16x16, I32x16, call, constant
 
 
 class BFloat(ir.Type):
@@ -27,12 +27,30 @@ _HALVES = ir.VectorType(BFloat(), 16)
 _PAIRS = ir.VectorType(BFloat(), 32)
 
 
+def _nearest(context: Any, builder: Any, values: Any) -> Any:
+    """The bits (<16 x i16>) of <16 x float> as the nearest bfloat16, ties to even."""
+    if "+avx512bf16" in context.codegen().magic_tuple()[2].split(","):
+        return builder.bitcast(builder.fptrunc(values, _HALVES), I16x16.llvm)
+    # Without the instruction LLVM calls __truncsfbf2 of a compiler's library, which is not there.
+    bits = builder.bitcast(values, I32x16.llvm)
+    odd = builder.and_(builder.lshr(bits, _all(16)), _all(1))
+    nearest = builder.add(bits, builder.add(odd, _all(0x7FFF)))
+    quiet = builder.or_(bits, _all(0x400000))
+    number = builder.fcmp_ordered("ord", values, values)
+    chosen = builder.select(number, nearest, quiet)
+    return builder.trunc(builder.lshr(chosen, _all(16)), I16x16.llvm)
+
+
+def _all(value: int) -> Any:
+    return constant(I32x16.llvm, [value] * 16)
+
+
 @intrinsic
 def rounded(typingctx, values):
     """16 float32 as the nearest bfloat16, ties to even (their bits, I16x16)."""
 
     def emit(context, builder, signature, args):
-        return builder.bitcast(builder.fptrunc(args[0], _HALVES), I16x16.llvm)
+        return _nearest(context, builder, args[0])
 
     return I16x16(F32x16), emit
 
@@ -42,12 +60,8 @@ def rounded_pair(typingctx, first, second):
     """Lanes of bfloat16 pairs, `first` in the lower half."""
 
     def emit(context, builder, signature, args):
-        def bits(value: Any) -> Any:
-            half = builder.bitcast(builder.fptrunc(value, _HALVES), I16x16.llvm)
-            return builder.zext(half, I32x16.llvm)
-
-        sixteen = ir.Constant(I32x16.llvm, [ir.Constant(ir.IntType(32), 16)] * 16)
-        return builder.or_(bits(args[0]), builder.shl(bits(args[1]), sixteen))
+        low, high = (builder.zext(_nearest(context, builder, a), I32x16.llvm) for a in args)
+        return builder.or_(low, builder.shl(high, _all(16)))
 
     return I32x16(F32x16, F32x16), emit
 

@@ -45,7 +45,6 @@ from refimpl.engine.x86 import dot32, sign_bytes
 
 SIGNATURE = types.void(*[types.int64] * 13)
 OPTIONS = {"cache": True, "error_model": "numpy"}
-ROW_COUNTS = (1, 2, 4)
 PLAIN = ("F32", "F16", "BF16")
 WITH_MINIMUM = ("Q5_1", "Q4_K", "Q5_K")
 PREFETCH_BYTES = 8192  # how far ahead weights are asked for

@@ -1,4 +1,4 @@
-"""Integer kernels for AVX512 with VNNI, VBMI and GFNI: one template, eight block types.
+"""Integer kernels for AVX512 with VNNI, VBMI and GFNI: one template, nine block types.
 
 Products of unsigned codes and int8 activations (Q8_0: signed codes and unsigned activations) are
 summed in integers within a block, scaled in float32, and added to 16 lanes that are summed once
@@ -65,13 +65,7 @@ from refimpl.engine.vec import (
     splat,
     zeros,
 )
-from refimpl.engine.x86 import (
-    byte_permuter,
-    dot64,
-    first_half_floats,
-    insert_high16,
-    lookup64,
-)
+from refimpl.engine.x86 import dot64, lookup64
 
 _INLINE = {"forceinline": True}
 _ACTIVATION_BYTES = 24 << 10
@@ -158,24 +152,10 @@ def _copied(tail, w, count, size):
 
 # ------------------------------------------------------------------ quads
 
-_Q4_CODES = [18 * b + 2 + i for b in range(4) for i in range(16)]
-# block 3's bytes 56..71 do not lie within the first 64: they are loaded on their own
-_permute_18 = byte_permuter([i if i < 64 else 0 for i in _Q4_CODES])
-_scales_18 = byte_permuter([18 * (i // 8) + i % 2 for i in range(32)] * 2)
-
 
 def quads(fmt: Any, w: int) -> Any:
     """Codes of four blocks: low and high (I8x64), scales and minima (F32x16)."""
     raise NotImplementedError("only called from compiled kernels")
-
-
-@njit(forceinline=True)
-def _quads_18(w):
-    """Four blocks of 18 bytes: nibbles and scales."""
-    bytes64 = load(I8x64, w)
-    packed = insert_high16(_permute_18(bytes64), w + 56)
-    d = first_half_floats(_scales_18(bytes64))
-    return packed & splat(I8x64, 15), shift_right(packed, 4), d
 
 
 @njit(forceinline=True)
@@ -197,16 +177,6 @@ def _four_masks(w, stride):
 
 @overload(quads, jit_options=_INLINE)
 def _quads(fmt, w):
-    name = fmt.parameter.name
-
-    def q4_0(fmt, w):
-        low, high, d = _quads_18(w)
-        return low, high, d, d
-
-    def iq4_nl(fmt, w):
-        low, high, d = _quads_18(w)
-        return lookup64(_iq4_unsigned(), low), lookup64(_iq4_unsigned(), high), d, d
-
     def q5_0(fmt, w):
         low, high = _four_nibbles(w + 6, 22)
         low = low | bit_bytes(I8x64, _four_masks(w + 2, 22), 16)
@@ -220,7 +190,7 @@ def _quads(fmt, w):
         high = high | bit_bytes(I8x64, _four_masks(w + 6, 24), 16)
         return low, high, repeated_halves(w, 24, 4), repeated_halves(w + 2, 24, 4)
 
-    return {"Q4_0": q4_0, "IQ4_NL": iq4_nl, "Q5_0": q5_0, "Q5_1": q5_1}.get(name)
+    return {"Q5_0": q5_0, "Q5_1": q5_1}.get(fmt.parameter.name)
 
 
 def _added_quads(fmt):

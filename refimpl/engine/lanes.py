@@ -14,7 +14,6 @@ from numba.core import cgutils
 from refimpl.engine.jit import intrinsic
 from refimpl.engine.vec import (
     F32x4,
-    F32x8,
     F32x16,
     I8x16,
     I8x32,
@@ -44,7 +43,6 @@ def shuffler(kind: VecType, indices: list[int]) -> Any:
 join_i8x16 = shuffler(I8x16, list(range(32)))
 join_i8x32 = shuffler(I8x32, list(range(64)))
 join_f32x4 = shuffler(F32x4, list(range(8)))
-join_f32x8 = shuffler(F32x8, list(range(16)))
 join_i32x8 = shuffler(I32x8, list(range(16)))
 
 

@@ -63,7 +63,7 @@ class _VecModel(models.PrimitiveModel):
 
 
 I8x16, I8x32, I8x64 = VecType("i8", 16), VecType("i8", 32), VecType("i8", 64)
-I16x8, I16x16, I16x32 = VecType("i16", 8), VecType("i16", 16), VecType("i16", 32)
+I16x16, I16x32 = VecType("i16", 16), VecType("i16", 32)
 I32x4, I32x8, I32x16 = VecType("i32", 4), VecType("i32", 8), VecType("i32", 16)
 I64x8 = VecType("i64", 8)
 F16x8, F16x16 = VecType("f16", 8), VecType("f16", 16)
@@ -247,16 +247,6 @@ def fma(typingctx, a, b, c):
         return call(builder, f"llvm.fma.{_suffix(a)}", a.llvm, list(args))
 
     return (a(a, a, a), emit) if a == b == c and a.is_float else None
-
-
-@intrinsic
-def fma_scalar(typingctx, a, b, c):
-    """a * b + c of float32 scalars, rounded once."""
-
-    def emit(context, builder, signature, args):
-        return call(builder, "llvm.fma.f32", ir.FloatType(), list(args))
-
-    return types.float32(types.float32, types.float32, types.float32), emit
 
 
 def _unary_float(name: str, doc: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
 from numba.core import cgutils
 
 from refimpl.engine.jit import intrinsic
@@ -25,7 +24,6 @@ from refimpl.engine.vec import (
     VecType,
     call,
     constant,
-    pointer,
 )
 
 _DOT_TAKES_BYTES = binding.llvm_version_info[0] >= 22
@@ -58,19 +56,6 @@ def _emit(name: str, result: VecType) -> Any:
 sign_bytes = _x86(
     "llvm.x86.avx2.psign.b", I8x32, I8x32, I8x32, doc="a with the sign of b; 0 where b is 0."
 )
-
-
-def byte_permuter(indices: list[int]) -> Any:
-    """An intrinsic a -> bytes of a (64) in the order of `indices` (VBMI)."""
-
-    def typed(typingctx, a):
-        def emit(context, builder, signature, args):
-            table = constant(I8x64.llvm, indices)
-            return call(builder, "llvm.x86.avx512.permvar.qi.512", I8x64.llvm, [args[0], table])
-
-        return (I8x64(I8x64), emit) if a == I8x64 else None
-
-    return intrinsic(typed)
 
 
 def bit_matrices(matrices: list[int]) -> Any:
@@ -179,31 +164,3 @@ def emit_fours(builder: Any, pairs: Any) -> Any:
 def emit_sign(builder: Any, values: Any, signs: Any) -> Any:
     """`sign_bytes` as an LLVM value."""
     return call(builder, "llvm.x86.avx2.psign.b", I8x32.llvm, [values, signs])
-
-
-@intrinsic
-def insert_high16(typingctx, value, address):
-    """`value` with its last 16 bytes replaced by those at `address`."""
-
-    def emit(context, builder, signature, args):
-        short = builder.load(pointer(builder, args[1], I8x16.llvm), align=1)
-        index = ir.VectorType(ir.IntType(32), 64)
-        widened = builder.shuffle_vector(short, short, constant(index, [i % 16 for i in range(64)]))
-        mask = constant(index, [*range(48), *range(112, 128)])
-        return builder.shuffle_vector(args[0], widened, mask)
-
-    return (I8x64(I8x64, types.int64), emit) if value == I8x64 else None
-
-
-@intrinsic
-def first_half_floats(typingctx, value):
-    """The first 32 bytes, read as 16 float16, in float32."""
-
-    def emit(context, builder, signature, args):
-        halves = builder.bitcast(args[0], ir.VectorType(ir.HalfType(), 32))
-        low = builder.shuffle_vector(
-            halves, halves, constant(ir.VectorType(ir.IntType(32), 16), list(range(16)))
-        )
-        return builder.fpext(low, F32x16.llvm)
-
-    return (F32x16(I8x64), emit) if value == I8x64 else None
