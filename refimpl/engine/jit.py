@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
 from numba import extending
 from numba.core import caching, event, serialize, sigutils
+from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
+
+# Numba tells versions of a function apart by a number in their symbols' names, counted in each
+# process from 1. Code of several processes is loaded from disk into one, where the linker takes the
+# first of two symbols with the same name: so every process counts from a number of its own.
+_names: Any = FunctionIdentity
+_names._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
 
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic

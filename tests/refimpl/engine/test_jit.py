@@ -1,5 +1,9 @@
 """Compilation is announced when it happens, and a missing cache folder is no obstacle."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -66,3 +70,36 @@ def test_processes_that_compile_at_the_same_time_do_not_take_each_others_code(
         found = times(factor)
         assert found.cache_hits == 1
         assert found.ctypes(7) == 7 * factor
+
+
+_VERSIONS = """
+import sys
+from numba import types
+from refimpl.engine import jit
+
+def times(factor):
+    @jit.cfunc(types.int64(types.int64), cache=True)
+    def multiply(x):
+        return factor * x
+    return multiply
+
+made = [times(int(factor)) for factor in sys.argv[1:]]
+print(*(m.ctypes(7) for m in made), *(m.cache_hits for m in made), *(m.native_name for m in made))
+"""
+
+
+def test_code_of_two_processes_stays_apart_in_a_third(tmp_path: Path) -> None:
+    """The linker knows functions by name, and both processes count their versions."""
+    script = tmp_path / "versions.py"
+    script.write_text(_VERSIONS)
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+
+    def printed(*factors: str) -> list[str]:
+        command = [sys.executable, str(script), *factors]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    first, second, both = printed("3"), printed("5"), printed("3", "5")
+    assert [*first[:2], *second[:2]] == ["21", "0", "35", "0"]
+    assert both == ["21", "35", "1", "1", first[2], second[2]]
+    assert first[2] != second[2]
