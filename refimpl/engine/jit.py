@@ -20,11 +20,21 @@ from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
 
-# Numba tells versions of a function apart by a number in their symbols' names, counted in each
-# process from 1. Code of several processes is loaded from disk into one, where the linker takes the
-# first of two symbols with the same name: so every process counts from a number of its own.
-_names: Any = FunctionIdentity
-_names._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
+
+def _count_apart() -> None:
+    """Let this process count versions of functions from a number of its own.
+
+    Numba tells versions of a function apart by a number in their symbols' names, counted in each
+    process from 1. Code of several processes is loaded from disk into one, where the linker takes
+    the first of two symbols with the same name.
+    """
+    identity: Any = FunctionIdentity
+    identity._unique_ids = itertools.count(int.from_bytes(os.urandom(6), "big"))
+
+
+_count_apart()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_apart)
 
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic

@@ -103,3 +103,29 @@ def test_code_of_two_processes_stays_apart_in_a_third(tmp_path: Path) -> None:
     assert [*first[:2], *second[:2]] == ["21", "0", "35", "0"]
     assert both == ["21", "35", "1", "1", first[2], second[2]]
     assert first[2] != second[2]
+
+
+_FORKED = """
+import os
+from numba import types
+from refimpl.engine import jit
+
+child = os.fork()
+
+@jit.cfunc(types.int64(types.int64))
+def double(x):
+    return 2 * x
+
+print(double.native_name, flush=True)
+if not child:
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_counts_anew() -> None:
+    command = [sys.executable, "-c", _FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split()
+    assert first != second
