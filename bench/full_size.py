@@ -76,7 +76,7 @@ def decoding(model: Path, depth: int, tokens: int, kv_type: str) -> dict[str, An
 @click.command()
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write [default: stdout]")
-@click.option("--depth", type=int, default=262_136, show_default=True, help="Of the deep decoding.")
+@click.option("--depth", type=int, default=262_132, show_default=True, help="Of the deep decoding.")
 @click.option("--tokens", type=int, default=8, show_default=True, help="Decoded in each run.")
 @click.option("--kv-type", "kv_types", multiple=True, default=("f16", "q8_0"), show_default=True)
 def main(model: Path, out: Path | None, depth: int, tokens: int, kv_types: tuple[str, ...]) -> None:

@@ -18,7 +18,10 @@ _PRESENT = 63  # bit of a pagemap entry
 
 
 def resident(
-    model: Path, caches: Iterable[NDArray[Any]], work: Iterable[NDArray[Any]]
+    model: Path,
+    caches: Iterable[NDArray[Any]],
+    work: Iterable[NDArray[Any]],
+    experts: Iterable[NDArray[Any]] = (),
 ) -> dict[str, int] | None:
     """Bytes in memory by purpose, or None where the system does not say.
 
@@ -27,9 +30,11 @@ def resident(
             count as 'model'.
         caches, work: arrays of keys and values, and of activations; only their pages that are
             in memory count.
+        experts: memory that parts of the model were read into; counts as 'model' too.
     """
     try:
         total, mapped = _smaps(model.resolve())
+        mapped += _present(experts)
         kv, activations = _present(caches), _present(work)
     except OSError:
         return None

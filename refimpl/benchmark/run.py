@@ -211,7 +211,9 @@ class Bench:
         if not hasattr(self.backend, "working_memory"):
             return None
         caches = [] if cache is None else cache.blocks()
-        return resident(self.path, caches, self.backend.working_memory())
+        held = getattr(self.backend, "residency", None)
+        experts = [] if held is None else [held.area]
+        return resident(self.path, caches, self.backend.working_memory(), experts)
 
 
 class _Loop:

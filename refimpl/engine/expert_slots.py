@@ -118,6 +118,11 @@ class Experts:
         return tuple(made)
 
     @property
+    def area(self) -> NDArray[np.uint8]:
+        """See `Residency.area`."""
+        return np.frombuffer(self._memory, dtype=np.uint8)
+
+    @property
     def experts(self) -> int:
         """See `Residency.experts`."""
         return self._count * len(self._stacks)

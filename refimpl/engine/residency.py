@@ -22,6 +22,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.disk import DirectFile, Readers
 from refimpl.engine.expert_files import shared_parts
@@ -61,6 +64,11 @@ class Residency:
         """Experts that memory holds."""
         self._experts.make_room(0)
         return self._experts.capacity
+
+    @property
+    def area(self) -> NDArray[np.uint8]:
+        """The memory of the slots, those that nothing was read into included."""
+        return self._experts.area
 
     @property
     def experts(self) -> int:

@@ -99,6 +99,19 @@ def test_memory_beyond_map_caches_and_activations_is_small(kind: str, tmp_path: 
         assert 0 < record["resident"]["other_bytes"] <= OTHER_LIMIT
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose memory it is")
+def test_experts_that_were_read_into_memory_are_the_models(tmp_path: Path) -> None:
+    from refimpl.benchmark.resident import resident
+
+    experts = np.ones(1 << 24, dtype=np.uint8)
+    without, held = resident(tmp_path, [], []), resident(tmp_path, [], [], [experts])
+    assert without is not None
+    assert held is not None
+    assert without["model_bytes"] == 0
+    assert held["model_bytes"] == experts.nbytes
+    assert held["other_bytes"] < held["total_bytes"] - experts.nbytes + 1
+
+
 def test_a_sparse_file_of_the_published_layout_opens_and_runs_on_any_machine(
     tmp_path: Path,
 ) -> None:
