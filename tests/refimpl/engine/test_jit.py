@@ -116,10 +116,11 @@ child = os.fork()
 def double(x):
     return 2 * x
 
+if child:
+    os.waitpid(child, 0)  # one after the other: an unbuffered line is two writes
 print(double.native_name, flush=True)
 if not child:
     os._exit(0)
-os.waitpid(child, 0)
 """
 
 
