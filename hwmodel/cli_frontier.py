@@ -10,6 +10,8 @@ BUY = (
     "m4max", "m3-ultra", "dgx-spark", "ryzen-ai-max-395", "rtx3090", "rtx4090", "rtx5090",
     "rtx-pro-6000", "h100",
 )  # fmt: skip
+# Options of one of the two questions; beside the other they would change nothing.
+_RACK_ALONE, _BUYING_ALONE = ("most", "engine", "rent"), ("budget", "ram")
 
 
 @click.command()
@@ -18,7 +20,7 @@ BUY = (
     help="May be given several times. [default: nine common ones]",
 )  # fmt: skip
 @click.option("--rack", metavar="NAME", help="Many users on up to --most of this device instead.")
-@click.option("--most", type=int, default=64, show_default=True, metavar="N", help="Devices.")
+@click.option("--most", type=int, metavar="N", help="At most N devices (--rack). [default: 64]")
 @click.option("--budget", type=float, metavar="USD", help="Machines that cost no more.")
 @click.option("--context", default="32768", show_default=True, metavar="N", help="Tokens to hold.")
 @click.option("--quant", metavar="TYPE", help="Only this type.")
@@ -40,7 +42,7 @@ def frontier(
       hwmodel frontier --rack h100 --context 8K --quant fp8
     """
     from hwmodel.catalogue import find_model
-    from hwmodel.cli_support import print_json
+    from hwmodel.cli_support import note, print_json
     from hwmodel.frontier import buying
     from hwmodel.frontier import rack as rack_of
     from hwmodel.frontier_view import offers_json, offers_text, rack_json, rack_text
@@ -48,12 +50,14 @@ def frontier(
 
     if plot is not None:
         check_name(plot)
+    _check_options(rack, {**given, "device": devices or None})
     shape = find_model(model)
     found: Any
     shown: Any
     if rack is not None:
         keys = ("engine", "quant", "most", "rent")
-        shown = rack_of(rack, shape, context, **{k: given[k] for k in keys})
+        wanted = {k: given[k] for k in keys if given[k] is not None}
+        shown = rack_of(rack, shape, context, **wanted)
         found, text = rack_json(shown), rack_text(shown)
     else:
         wishes = (given["budget"], given["quant"], given["ram"])
@@ -67,3 +71,15 @@ def frontier(
         from hwmodel.frontier_pictures import draw_frontier
 
         draw_frontier(shown if rack is None else shown.points, plot)
+        note(f"wrote {plot}")
+
+
+def _check_options(rack: str | None, given: dict[str, Any]) -> None:
+    from hwmodel.errors import RequestError
+
+    idle = _RACK_ALONE if rack is None else ("device", *_BUYING_ALONE)
+    for name in idle:
+        if given[name] is not None:
+            if rack is None:
+                raise RequestError(f"--{name} belongs to --rack NAME, which is not given")
+            raise RequestError(f"--{name} does not go with --rack; leave one of them out")

@@ -77,13 +77,18 @@ def _machine(context: str | int, given: dict[str, Any]) -> tuple[Any, int, int]:
     from hwmodel.request import make_request
 
     model = find_model(given.pop("model"))
-    option = given.pop("option", "--depth")
+    job = given.pop("job", None)
+    if job is not None and int(context) > model.max_context:
+        raise RequestError(
+            f"{job}: its longest context is {int(context):,} tokens; {model.title} holds "
+            f"{model.max_context:,}"
+        )
     try:
         request = make_request(
             given.pop("device"), model, context=context, ram_gb=given.pop("ram"), **given
         )
     except RequestError as error:  # the plan's option has another name here
-        raise RequestError(str(error).replace("--context", option)) from error
+        raise RequestError(str(error).replace("--context", "--depth")) from error
     plan = make_plan(request)
     if not plan.holds:
         note(f"{plan.problem}; the closest that holds it is used")
@@ -131,7 +136,7 @@ def workload(profile: str | None, devices: tuple[str, ...], as_json: bool, **giv
     terms = {k: given.pop(k) for k in ("buy", "rent", "watts", "kwh", "years", "days", "hours")}
     jobs = []
     for name in devices:
-        candidate, _, drafts = _machine(most, {**given, "device": name, "option": profile})
+        candidate, _, drafts = _machine(most, {**given, "device": name, "job": profile})
         jobs.append((run_job(found, candidate, drafts), terms_of(candidate, **terms)))
     if as_json:
         print_json([job_json(job, paid) for job, paid in jobs])

@@ -35,7 +35,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
     """
     from pathlib import Path
 
-    from hwmodel.cli_support import print_json, table
+    from hwmodel.cli_support import note, print_json, table
     from hwmodel.plan_view import figure
     from hwmodel.roofline import roofs, step_points
 
@@ -86,6 +86,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
         from hwmodel.plots import save_one
 
         save_one(roofline_picture(candidate), Path(plot))
+        note(f"wrote {plot}")
 
 
 @click.command()
@@ -117,11 +118,14 @@ def plot(
 
     from hwmodel.cli_support import note, print_json
     from hwmodel.devices import load_device
+    from hwmodel.errors import RequestError
     from hwmodel.pictures import PICTURES
     from hwmodel.plots import check_name, save, save_one
 
     if kind != "all":
         check_name(out)
+    elif Path(out).exists() and not Path(out).is_dir():
+        raise RequestError(f"--out is {out!r}, a file; expected a folder for all pictures")
     plans = []
     for name in devices:
         host = None if load_device(name).unified else ram

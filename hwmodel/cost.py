@@ -22,6 +22,7 @@ from hwmodel.run import Estimate
 J_PER_KWH = 3.6e6
 SERVER_CLASSES = ("nvidia-datacenter", "amd-instinct")
 CARDS_PER_DESKTOP, CARDS_PER_SERVER = 4, 8
+API_MODEL = "step-3.5-flash"  # what the prices in the section `api` are asked for
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,8 @@ class HwmodelError(RefimplError):
 _WHERE = {
     "device": "see 'hwmodel devices list', or give the path of a device file",
     "engine": "see 'hwmodel engines list'",
+    "model": "expected a name such as step-3.5-flash or minimax-m2, or the path of a config.json "
+    "or GGUF file",
     "quant type": "expected a type such as Q4_K_S, Q8_0, FP8 or BF16, or the path of a checkpoint",
 }
 

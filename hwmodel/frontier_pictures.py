@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hwmodel.frontier import Offer, RackPoint
-from hwmodel.plots import FONT, GREY, blank, check_name, fit_note, look, plain_log, save_one, style
+from hwmodel.plots import (
+    FONT,
+    GREY,
+    blank,
+    check_name,
+    fit_note,
+    label_points,
+    look,
+    plain_log,
+    save_one,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,25 +51,19 @@ def _offers_figure(offers: Sequence[Offer]) -> Figure:
             axes.plot([o.price_usd for o in mine], [o.tok_s for o in mine], color=colour,
                       marker=marker, markersize=10, linestyle="none",
                       label=f"{quant} (perplexity {shown})")  # fmt: skip
-        # points on top of each other share one label
-        named: list[Offer] = []
-        for o in sorted(offers, key=lambda o: -o.tok_s):
-            if any(_close(o, other) for other in named):
-                continue
-            named.append(o)
-            axes.annotate(f"{o.candidate.count}x {o.candidate.device.name}", (o.price_usd, o.tok_s),
-                          textcoords="offset points", xytext=(8, 4), fontsize=FONT - 4)  # fmt: skip
         plain_log(axes, "x", "y")
         low, high = min(o.price_usd for o in offers), max(o.price_usd for o in offers)
         axes.set_xlim(low / 1.3, high * 2.2)
         axes.set_xlabel("dollars for the whole machine")
         axes.set_ylabel("decode, tokens/s")
         figure.legend(fontsize=FONT - 3, loc="outside lower center", ncols=3)
+        label_points(
+            figure,
+            axes,
+            [(o.price_usd, o.tok_s) for o in offers],
+            [f"{o.candidate.count}x {o.candidate.device.name}" for o in offers],
+        )
         return figure
-
-
-def _close(a: Offer, b: Offer) -> bool:
-    return abs(a.price_usd / b.price_usd - 1) < 0.02 and abs(a.tok_s / b.tok_s - 1) < 0.06
 
 
 def _rack_figure(points: Sequence[RackPoint]) -> Figure:
@@ -79,17 +84,14 @@ def _rack_figure(points: Sequence[RackPoint]) -> Figure:
             axes.plot([p.tokens_per_usd / 1e6 for p in mine], [p.user_tok_s for p in mine],
                       color=colour, marker=marker, markersize=10, linestyle="none",
                       label=label)  # fmt: skip
-        for i, p in enumerate(points):
-            place = (9, 5) if i % 2 == 0 else (-9, -18)  # neighbours' labels on opposite sides
-            axes.annotate(_users(p), (p.tokens_per_usd / 1e6, p.user_tok_s),
-                          textcoords="offset points", xytext=place, fontsize=FONT - 4,
-                          ha="left" if i % 2 == 0 else "right")  # fmt: skip
         plain_log(axes, "x")
         axes.set_xlabel("million output tokens per dollar")
         axes.set_ylabel("tokens/s of each user")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(p.user_tok_s for p in points))  # room for the top label
         axes.margins(x=0.15)
-        axes.legend(fontsize=FONT - 2, loc="best")
+        axes.legend(fontsize=FONT - 2, loc="upper right")
+        label_points(figure, axes, list(zip(x, [p.user_tok_s for p in points], strict=True)),
+                     [_users(p) for p in points])  # fmt: skip
         return figure
 
 

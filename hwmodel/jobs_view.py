@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hwmodel.cli_support import table
-from hwmodel.cost import CostSheet, Terms, api_usd, price_data
+from hwmodel.cost import API_MODEL, CostSheet, Terms, api_usd
 from hwmodel.plan_view import band, figure, pair
 from hwmodel.workload import Job, job_costs, load_profile, profile_names
 
@@ -60,11 +60,9 @@ def cost_text(s: CostSheet) -> str:
         [c.way, *(money(v) for v in (c.usd_per_h, c.per_day, c.per_m_output, c.per_m_input))]
         for c in s.costs
     ]
-    data = price_data()
-    rows.append(
-        ["vendor's service", "-", "-", money(data["api.usd_per_m_output"].value),
-         money(data["api.usd_per_m_input"].value)]
-    )  # fmt: skip
+    asked = _service(s)
+    if asked is not None:
+        rows.append(["vendor's service", "-", "-", *(money(usd) for usd in asked.values())])
     lines += [table(header, rows), "", *_terms_lines(s)]
     return "\n".join(lines)
 
@@ -115,9 +113,16 @@ def cost_json(s: CostSheet) -> dict[str, Any]:
              "usd_per_m_output": x.per_m_output, "usd_per_m_input": x.per_m_input}
             for x in s.costs
         ],
-        "api": {
-            "usd_per_m_output": 1e6 * api_usd(0, 0, 1), "usd_per_m_input": 1e6 * api_usd(1, 0, 0),
-        },
+        "api": _service(s),
+    }  # fmt: skip
+
+
+def _service(s: CostSheet) -> dict[str, float] | None:
+    """What the vendor's own service asks; None for models that it does not serve."""
+    if s.candidate.run.model.name != API_MODEL:
+        return None
+    return {
+        "usd_per_m_output": 1e6 * api_usd(0, 0, 1), "usd_per_m_input": 1e6 * api_usd(1, 0, 0),
     }  # fmt: skip
 
 
@@ -169,7 +174,8 @@ def job_json(job: Job, terms: Terms) -> dict[str, Any]:
     """A job on a machine as one object."""
     c = job.candidate
     return {
-        "workload": job.profile.name, "device": c.device.name, "count": c.count,
+        "workload": job.profile.name, "model": c.run.model.name, "device": c.device.name,
+        "count": c.count,
         "engine": c.engine.name, "quant": c.run.quant.name, "drafts": job.drafts,
         "seconds": job.seconds, "low_s": job.low_s, "high_s": job.high_s, "fits": job.fits,
         "peak_tokens": job.peak_tokens, "cached_tokens": job.cached_tokens,

@@ -96,17 +96,24 @@ def memory_picture(plans: Sequence[Plan]) -> Figure:
                 left += value
             limit = m.usable_bytes / GB
             raised = (m.usable_bytes + m.raised_margin_bytes - m.margin_bytes) / GB
-            axes.plot([limit] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2.5)
+            _limit(axes, row, limit, "usable", linewidth=2.5)
             if raised > limit * 1.001:
-                axes.plot([raised] * 2, [row - 0.42, row + 0.42], color="black", linewidth=2,
-                          linestyle=(0, (3, 2)))  # fmt: skip
+                _limit(axes, row, raised, "usable after its limit is raised", linewidth=2,
+                       linestyle=(0, (3, 2)))  # fmt: skip
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("GB; line: usable, dashed: with a raised limit")
+        axes.set_xlabel("GB")
         axes.set_xlim(left=0)
-        figure.legend(loc="outside lower center", ncols=len(MEMORY_PARTS), fontsize=FONT - 2)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=FONT - 2)
         return figure
+
+
+def _limit(axes: Axes, row: int, value: float, name: str, **line: Any) -> None:
+    """A line across one machine's bar, named once in the legend."""
+    named = {text.get_label() for text in axes.lines}
+    axes.plot([value] * 2, [row - 0.42, row + 0.42], color="black",
+              label=None if name in named else name, **line)  # fmt: skip
 
 
 def _memory_note(plans: Sequence[Plan]) -> str:
@@ -226,7 +233,7 @@ def _cost_legend(figure: Figure, plans: Sequence[Plan]) -> None:
 
     handles: list[Any] = [
         Line2D([], [], color=look(i)[0], marker=look(i)[1], linestyle="none", markersize=9,
-               label=_label(p))
+               label=_label(p) + ("" if _has_price(p) else " (no price is known)"))
         for i, p in enumerate(plans)
     ]  # fmt: skip
     handles.append(
@@ -236,11 +243,16 @@ def _cost_legend(figure: Figure, plans: Sequence[Plan]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=FONT - 2)
 
 
+def _has_price(plan: Plan) -> bool:
+    terms = terms_of(plan.chosen)
+    return terms.buy_usd is not None or terms.rent_usd_per_h is not None
+
+
 def _cost_note(plans: Sequence[Plan]) -> str:
     t = terms_of(plans[0].chosen)
     return (
         f"one sequence; bought: {t.years:g} years of {t.days_per_year:g} days of "
-        f"{t.hours_per_day:g} h, electricity included"
+        f"{t.hours_per_day:g} h, electricity included; {fit_note()}"
     )
 
 

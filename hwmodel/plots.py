@@ -211,6 +211,53 @@ def plain_log(axes: Axes, *names: str) -> None:
         axis.set_minor_locator(NullLocator())
 
 
+# Where a label may lie beside its point, in points, and which side of it is fixed; best first.
+_PLACES = (
+    ((9, 4), "left", "bottom"), ((9, -4), "left", "top"),
+    ((-9, 4), "right", "bottom"), ((-9, -4), "right", "top"),
+    ((0, 9), "center", "bottom"), ((0, -9), "center", "top"),
+    ((9, 14), "left", "bottom"), ((9, -14), "left", "top"),
+    ((-9, 14), "right", "bottom"), ((-9, -14), "right", "top"),
+)  # fmt: skip
+
+
+def label_points(
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]
+) -> None:
+    """A label beside each point (in data coordinates), none on another or on a point.
+
+    Call it when limits, scales and legends are set: places are chosen in pixels. Where there is no
+    free place, the one with the fewest collisions is taken.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # settles the layout
+    size = 0.09 * figure.dpi  # about half a marker, in pixels
+    inside = axes.get_window_extent()
+    taken = [
+        Bbox.from_bounds(x - size, y - size, 2 * size, 2 * size)
+        for x, y in axes.transData.transform(list(points))
+    ]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent())
+    for point, text in zip(points, labels, strict=True):
+        label = axes.annotate(
+            text, point, xytext=(0, 0), textcoords="offset points", fontsize=FONT - 4
+        )
+        found: list[tuple[int, int]] = []
+        boxes = []
+        for i, (offset, side, edge) in enumerate(_PLACES):
+            label.set(position=offset, ha=side, va=edge)
+            box = label.get_window_extent()
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y1 > inside.y1
+            found.append((sum(box.overlaps(b) for b in taken) + outside, i))
+            boxes.append(box)
+        offset, side, edge = _PLACES[min(found)[1]]
+        label.set(position=offset, ha=side, va=edge)
+        taken.append(boxes[min(found)[1]])
+
+
 def check_name(path: str) -> None:
     """Refuse a file that no picture can be written to.
 

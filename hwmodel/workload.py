@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hwmodel.candidate import Candidate
-from hwmodel.cost import Terms, api_usd
+from hwmodel.cost import API_MODEL, Terms, api_usd
 from hwmodel.devices import read_toml
 from hwmodel.errors import RequestError, UnknownNameError
 from hwmodel.predict import predict
@@ -26,10 +26,10 @@ from hwmodel.predict import predict
 MAX_TURNS = 10_000
 MAX_TOKENS = 10_000_000
 _STRETCH = 4096  # decode is estimated anew after so many tokens
-_TURN_KEYS = {"repeat", "input_tokens", "reasoning_tokens", "answer_tokens", "wait_s", "restart"}
-_TOP_KEYS = {
-    "schema", "name", "title", "about", "source", "keep_reasoning", "prefix_reuse", "turns",
-}  # fmt: skip
+_TURN_KEYS = ("input_tokens", "answer_tokens", "reasoning_tokens", "wait_s", "repeat", "restart")
+_TOP_KEYS = (
+    "turns", "name", "title", "about", "source", "keep_reasoning", "prefix_reuse", "schema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,24 +91,20 @@ def parse_profile(raw: Mapping[str, Any], file: str) -> Profile:
     Raises:
         RequestError: an unknown or missing entry, or a number out of range.
     """
-    extra = sorted(set(raw) - _TOP_KEYS)
-    if extra:
-        raise RequestError(f"{file}: '{extra[0]}' is no entry of a workload")
+    _check_keys(file, "", raw, _TOP_KEYS)
     listed = raw.get("turns")
     if not isinstance(listed, list) or not listed or not all(isinstance(t, dict) for t in listed):
         raise RequestError(f"{file}: expected [[turns]] with input_tokens and answer_tokens")
     turns: list[Turn] = []
     for i, entry in enumerate(listed):
-        extra = sorted(set(entry) - _TURN_KEYS)
-        if extra:
-            raise RequestError(f"{file}: turns[{i}].{extra[0]} is no entry of a turn")
-        repeat = int(_number(file, i, entry, "repeat", 1, 1, MAX_TURNS))
+        _check_keys(file, f"turns[{i}].", entry, _TURN_KEYS)
+        repeat = _count(file, i, entry, "repeat", 1, 1, MAX_TURNS)
         one = Turn(
-            input_tokens=int(_number(file, i, entry, "input_tokens", None, 0, MAX_TOKENS)),
-            reasoning_tokens=int(_number(file, i, entry, "reasoning_tokens", 0, 0, MAX_TOKENS)),
-            answer_tokens=int(_number(file, i, entry, "answer_tokens", None, 0, MAX_TOKENS)),
+            input_tokens=_count(file, i, entry, "input_tokens", None, 0, MAX_TOKENS),
+            reasoning_tokens=_count(file, i, entry, "reasoning_tokens", 0, 0, MAX_TOKENS),
+            answer_tokens=_count(file, i, entry, "answer_tokens", None, 0, MAX_TOKENS),
             wait_s=_number(file, i, entry, "wait_s", 0, 0, 1e6),
-            restart=bool(entry.get("restart", False)),
+            restart=_flag(file, f"turns[{i}].", entry, "restart", False),
         )
         turns += [one] * repeat
         if len(turns) > MAX_TURNS:
@@ -118,9 +114,32 @@ def parse_profile(raw: Mapping[str, Any], file: str) -> Profile:
         title=str(raw.get("title", raw.get("name", Path(file).stem))),
         about=str(raw.get("about", "")),
         turns=tuple(turns),
-        keep_reasoning=bool(raw.get("keep_reasoning", False)),
-        prefix_reuse=bool(raw.get("prefix_reuse", True)),
+        keep_reasoning=_flag(file, "", raw, "keep_reasoning", False),
+        prefix_reuse=_flag(file, "", raw, "prefix_reuse", True),
     )
+
+
+def _check_keys(file: str, where: str, entry: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    extra = sorted(set(entry) - set(known))
+    if extra:
+        raise RequestError(f"{file}: unknown key '{where}{extra[0]}', expected {', '.join(known)}")
+
+
+def _flag(file: str, where: str, entry: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = entry.get(key, default)
+    if not isinstance(value, bool):
+        raise RequestError(f"{file}: {where}{key} is {value!r:.40}, expected true or false")
+    return value
+
+
+def _count(
+    file: str, turn: int, entry: Mapping[str, Any], key: str, default: int | None, low: int,
+    high: int,
+) -> int:  # fmt: skip
+    value = _number(file, turn, entry, key, default, low, high)
+    if value != int(value):
+        raise RequestError(f"{file}: turns[{turn}].{key} is {value!r:.40}, expected a whole number")
+    return int(value)
 
 
 def _number(
@@ -132,7 +151,7 @@ def _number(
         raise RequestError(f"{file}: turns[{turn}].{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise RequestError(
-            f"{file}: turns[{turn}].{key} is {value!r:.40}, expected {low:g} to {high:g}"
+            f"{file}: turns[{turn}].{key} is {value!r:.40}, expected {low:,.0f} to {high:,.0f}"
         )
     return value
 
@@ -222,8 +241,10 @@ class Job:
         return self.tokens("reasoning") + self.tokens("answer")
 
     @property
-    def api_usd(self) -> float:
-        """What the vendor's own service asks for the job."""
+    def api_usd(self) -> float | None:
+        """What the vendor's own service asks for the job; None for other models."""
+        if self.candidate.run.model.name != API_MODEL:
+            return None
         return api_usd(self.tokens("prefill"), self.cached_tokens, self.output_tokens)
 
     def usd(self, usd_per_h: float | None) -> float | None:

@@ -144,6 +144,16 @@ def test_the_report_has_every_claim(tmp_path: Path) -> None:
     assert text == claims_markdown(check_claims())
 
 
+def test_a_dash_prints_the_report_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(main, ["claims", "C14", "--markdown", "-"])
+    assert run.exit_code == 0 and "### C14\n" in run.output and not list(tmp_path.iterdir())
+    both = CliRunner().invoke(main, ["claims", "C14", "--markdown", "-", "--json"])
+    assert both.exit_code == 2 and "leave one of them out" in both.output
+
+
 def test_one_claim_can_be_asked_for_and_an_unknown_one_is_refused() -> None:
     run = CliRunner().invoke(main, ["claims", "c14"])
     assert run.exit_code == 0 and run.output.startswith("C14  H100 rental")

@@ -78,3 +78,11 @@ def test_the_command_says_what_it_does_not_know() -> None:
     assert "no rent is known for m4max; --rent USD adds it" in text.output
     data = json.loads(CliRunner().invoke(main, ["cost", "--device", "h100", "--json"]).output)
     assert {c["way"] for c in data["costs"]} == {"bought", "rented", "electricity"}
+
+
+def test_the_vendors_prices_stand_beside_its_own_model_alone() -> None:
+    runs = [
+        CliRunner().invoke(main, ["cost", "--device", "m4max", "--model", name]).output
+        for name in ("step-3.5-flash", "minimax-m2")
+    ]
+    assert ["vendor's service" in text for text in runs] == [True, False]

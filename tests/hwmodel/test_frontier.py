@@ -1,5 +1,6 @@
 """Frontiers: nothing on them is beaten, nothing unbeaten is left out, commands are exact."""
 
+import itertools
 import json
 
 import pytest
@@ -7,8 +8,10 @@ from click.testing import CliRunner
 
 from hwmodel.catalogue import load_model
 from hwmodel.cli import main
+from hwmodel.cli_frontier import BUY
 from hwmodel.errors import RequestError
 from hwmodel.frontier import buying, pareto, rack
+from hwmodel.frontier_pictures import _offers_figure, _rack_figure
 from hwmodel.model import step_shape
 from hwmodel.search import why_illegal
 
@@ -121,6 +124,30 @@ def test_a_rack_leaves_out_types_that_lose_much_unless_asked() -> None:
     assert all(p.candidate.tier <= 1 for p in rack("h100", STEP, 8192).points)
     asked = rack("h100", STEP, 8192, quant="IQ3_XXS").points
     assert {p.candidate.run.quant.name for p in asked} == {"IQ3_XXS"}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--rack", "h100", "--device", "m4max"], "--device does not go with --rack"),
+        (["--rack", "h100", "--budget", "100"], "--budget does not go with --rack"),
+        (["--engine", "vllm"], "--engine belongs to --rack NAME"),
+        (["--rent", "2"], "--rent belongs to --rack NAME"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(args: list[str], says: str) -> None:
+    run = CliRunner().invoke(main, ["frontier", *args])
+    assert run.exit_code == 2 and says in run.output
+
+
+def test_no_label_of_the_pictures_lies_on_another() -> None:
+    offers = buying(BUY, STEP, 32768)
+    figures = [_offers_figure(offers), _rack_figure(rack("h100", STEP, 8192, quant="fp8").points)]
+    for figure in figures:
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in figure.get_axes()[0].texts]
+        assert len(boxes) > 10
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_an_impossible_picture_is_refused_before_any_work() -> None:

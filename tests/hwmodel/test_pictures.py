@@ -73,6 +73,8 @@ def test_files_are_written_and_bad_names_refused(tmp_path: Path) -> None:
         assert run.exit_code == 2 and run.output.count("\n") == 1
     run = runner.invoke(main, ["plot", "all", "--device", "m4max", "--out", str(tmp_path / "all")])
     assert run.exit_code == 0
+    run = runner.invoke(main, ["plot", "all", "--device", "m4max", "--out", str(out)])
+    assert run.exit_code == 2 and "a file; expected a folder" in run.output
     assert len(list((tmp_path / "all").glob("*.png"))) == len(PICTURES)
 
 

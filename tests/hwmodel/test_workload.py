@@ -89,8 +89,16 @@ def test_the_report_of_ten_thousand_words_is_that_long() -> None:
         ({}, r"expected \[\[turns\]\]"),
         ({"turns": [{"input_tokens": 5}]}, r"turns\[0\].answer_tokens is missing"),
         ({"turns": [{"input_tokens": -5, "answer_tokens": 1}]}, "is -5, expected 0 to"),
-        ({"turns": [{"input_tokens": 5, "answer_tokens": 1, "x": 2}]}, r"turns\[0\].x is no entry"),
-        ({"turn": []}, "'turn' is no entry of a workload"),
+        (
+            {"turns": [{"input_tokens": 5, "answer_tokens": 1, "x": 2}]},
+            r"unknown key 'turns\[0\].x', expected",
+        ),
+        ({"turns": [{"input_tokens": 5.5, "answer_tokens": 1}]}, "is 5.5, expected a whole number"),
+        (
+            {"turns": [{"input_tokens": 5, "answer_tokens": 1}], "prefix_reuse": 3},
+            "3, expected true",
+        ),
+        ({"turn": []}, "unknown key 'turn', expected turns, name"),
     ],
 )
 def test_a_bad_profile_is_one_sentence(raw: dict[str, object], says: str) -> None:
@@ -112,6 +120,24 @@ def test_a_file_of_ones_own_and_several_machines(tmp_path: Path) -> None:
     jobs = json.loads(CliRunner().invoke(main, args).output)
     assert [j["device"] for j in jobs] == ["m4max", "h100"]
     assert jobs[1]["usd"]["rented"] > 0 and jobs[0]["usd"]["rented"] is None
+
+
+def test_a_job_longer_than_any_context_is_refused_by_its_file(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text("[[turns]]\ninput_tokens = 500000\nanswer_tokens = 3\n")
+    run = CliRunner().invoke(main, ["workload", str(own), "--device", "m4max"])
+    assert run.exit_code == 2
+    assert "own.toml: its longest context is 500,003 tokens" in run.output
+
+
+def test_the_vendors_service_is_named_for_the_models_it_serves_alone() -> None:
+    args = ["workload", "chat", "--device", "m4max", "--json", "--model"]
+    own, other = (
+        json.loads(CliRunner().invoke(main, [*args, name]).output)[0]
+        for name in ("step-3.5-flash", "qwen3-30b-a3b")
+    )
+    assert own["usd"]["api"] > 0 and own["model"] == "step-3.5-flash"
+    assert other["usd"]["api"] is None and other["model"] == "qwen3-30b-a3b"
 
 
 def test_a_job_without_a_machine_is_refused() -> None:
