@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from refimpl.engine.memory import Bytes, address, round_up, zeroed
 from refimpl.errors import InputError
 
 GROUP = 16  # positions whose keys lie side by side
+_NEVER = 1 << 62  # a position that no row has
 _SYNTHETIC_VALUES = 1 << 20  # random values that are repeated
 _VALUE_TYPES = {"f16": np.float16, "f32": np.float32, "q8_0": np.int8}
 
@@ -104,19 +106,35 @@ class LayerKv:
             else:
                 view[:, slots] = rows.transpose(1, 0, 2)
 
+    def _oldest(self, length: int) -> int:
+        """Position of the oldest row that is kept at a length."""
+        return 0 if self._window is None else max(0, length - self._window + 1 - SPECULATIVE_ROWS)
+
     def _kept(self, length: int) -> Array:
-        rows = length if self._window is None else self._window - 1 + SPECULATIVE_ROWS
-        kept: Array = np.arange(max(0, length - rows), length) % self._slots
+        kept: Array = np.arange(self._oldest(length), length) % self._slots
         return kept
 
-    def snapshot(self) -> list[Bytes]:
-        """Copies of everything, for a ring."""
-        return [part.copy() for part in self._parts]
+    def overwritten_at(self, length: int) -> int:
+        """The position whose row takes the place of the oldest row that is kept at a length."""
+        return self._oldest(length) + self._slots
 
-    def restore(self, snapshot: list[Bytes]) -> None:
-        """Back to the moment of the snapshot."""
-        for part, held in zip(self._parts, snapshot, strict=True):
-            part[:] = held
+    def copied(self, length: int) -> list[Array]:
+        """Copies of the rows that are kept at a length, for `put_back`."""
+        groups = self._groups(length)
+        return [view[:, groups] for view in self._by_group()]
+
+    def put_back(self, length: int, copies: list[Array]) -> None:
+        """Have the rows again that `copied` gave at that length."""
+        groups = self._groups(length)
+        for view, held in zip(self._by_group(), copies, strict=True):
+            view[:, groups] = held
+
+    def _groups(self, length: int) -> Array:
+        """Groups of 16 slots that hold the rows that are kept."""
+        return np.unique(self._kept(length) // GROUP)
+
+    def _by_group(self) -> list[Array]:
+        return [v.reshape(v.shape[0], self._slots // GROUP, -1) for v in self._views.values()]
 
     def blocks(self) -> list[Bytes]:
         """The arrays that keys, values and scales live in."""
@@ -136,6 +154,23 @@ class LayerKv:
                 flat[at : at + count] = block[: view.size - at]
 
 
+class Moment:
+    """What `EngineCache.restore` needs; of rings, copies only once rows are to be overwritten.
+
+    Attributes:
+        length, undoable: of the cache.
+        mtp: see `MtpState.snapshot`.
+        places: (first, stop) of the trunk and of each MTP layer: rows at these positions can be
+            written without loss.
+        rows: of every ring, see `LayerKv.copied`; None while the cache itself still has them.
+    """
+
+    def __init__(self, length: int, undoable: int, mtp: tuple[Any, ...]) -> None:
+        self.length, self.undoable, self.mtp = length, undoable, mtp
+        self.places: list[tuple[int, int]] = []
+        self.rows: list[list[Array]] | None = None
+
+
 class EngineCache:
     """Keys and values of one sequence: trunk layers, MTP layers, and what drafting keeps."""
 
@@ -153,6 +188,7 @@ class EngineCache:
         self.mtp = MtpState([layer.record for layer in self.layers[n:]], window)
         addresses = [address(layer.record) for layer in self.layers]
         self.table: NDArray[np.int64] = np.array(addresses, dtype=np.int64)
+        self._moments: weakref.WeakSet[Moment] = weakref.WeakSet()  # that have no copies yet
 
     @property
     def length(self) -> int:
@@ -242,6 +278,8 @@ class EngineCache:
         ids = np.asarray(tokens, dtype=np.int64).tolist()
         if len(ids) > self.capacity:
             raise InputError(f"{len(ids)} tokens do not fit the context of {self.capacity}")
+        for moment in list(self._moments):
+            self._copy(moment)
         rng = np.random.default_rng(seed)
         for layer in self.layers:
             layer.fill_synthetic(rng)
@@ -250,19 +288,52 @@ class EngineCache:
         levels = len(self.mtp.start)
         self.mtp.restore(([[] for _ in range(levels)], [n] * levels, [0] * levels, n))
 
-    def snapshot(self) -> tuple[Any, ...]:
+    def snapshot(self) -> Moment:
         """See `refimpl.backend.Cache.snapshot`."""
-        rings = [layer.snapshot() for layer in self._rings()]
-        return self.length, self.undoable, rings, self.mtp.snapshot()
+        made = Moment(self.length, self.undoable, self.mtp.snapshot())
+        ends = [self.length, *self.mtp.start]
+        places = [[at, _NEVER] for at in ends]
+        for i, layer in self._rings():
+            place = places[self._part(i)]
+            place[1] = min(place[1], layer.overwritten_at(place[0]))
+        made.places = [(first, stop) for first, stop in places]
+        self._moments.add(made)
+        return made
 
-    def restore(self, snapshot: tuple[Any, ...]) -> None:
+    def restore(self, snapshot: Moment) -> None:
         """See `refimpl.backend.Cache.restore`."""
-        length, self.undoable, rings, mtp = snapshot
-        for layer, held in zip(self._rings(), rings, strict=True):
-            layer.restore(held)
-        self.mtp.restore(mtp)
-        del self.tokens[length:]
+        if snapshot.rows is not None:
+            for moment in list(self._moments):
+                self._copy(moment)
+            for (i, layer), held in zip(self._rings(), snapshot.rows, strict=True):
+                layer.put_back(snapshot.places[self._part(i)][0], held)
+        self.undoable = snapshot.undoable
+        self.mtp.restore(snapshot.mtp)
+        del self.tokens[snapshot.length :]
 
-    def _rings(self) -> list[LayerKv]:
-        """Layers whose old rows are overwritten by new ones."""
-        return [layer for layer in self.layers if layer.record[Kv.SLOTS] < self.capacity]
+    def before_run(self, layers: range, start: int, count: int) -> None:
+        """Rows start..start+count-1 are about to be written: what moments need of the rows in
+        their places is copied."""
+        if not self._moments:
+            return
+        part = self._part(layers[0])
+        for moment in list(self._moments):
+            first, stop = moment.places[part]
+            if start < first or start + count > stop:
+                self._copy(moment)
+
+    def _copy(self, moment: Moment) -> None:
+        moment.rows = [layer.copied(moment.places[self._part(i)][0]) for i, layer in self._rings()]
+        self._moments.discard(moment)
+
+    def _part(self, layer: int) -> int:
+        """0 for a layer of the trunk, from 1 on for MTP layers."""
+        return max(0, layer - (len(self.layers) - len(self.mtp.start)) + 1)
+
+    def _rings(self) -> list[tuple[int, LayerKv]]:
+        """Layers whose old rows are overwritten by new ones, and their numbers."""
+        return [
+            (i, layer)
+            for i, layer in enumerate(self.layers)
+            if layer.record[Kv.SLOTS] < self.capacity
+        ]

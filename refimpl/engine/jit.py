@@ -19,6 +19,7 @@ from numba.core import caching, event, serialize, sigutils
 from numba.core.bytecode import FunctionIdentity
 from numba.core.ccallback import CFunc
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
 
 def _count_apart() -> None:
@@ -79,6 +80,16 @@ class _KernelCache(caching.FunctionCache):
         name = f"{self._impl.filename_base}-{digest}"
         stamp = self._impl.locator.get_source_stamp()
         self._cache_file = caching.IndexDataCacheFile(self.cache_path, name, stamp)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What was compiled before, or None.
+
+        Numba's own method first makes ready to compile: that takes longer, and more memory, than
+        loading all kernels of a model. Compiled code only needs the symbols of Numba's runtime.
+        """
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
 
 
 def keeps_code() -> bool:

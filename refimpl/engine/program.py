@@ -180,6 +180,7 @@ class Program:
               embedded: Array | None) -> None:  # fmt: skip
         """What differs from run to run: rows, layers, caches, positions."""
         step = self._step
+        cache.before_run(layers, start, count)
         self._rotations.use(start, count)
         step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
         step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
