@@ -130,3 +130,21 @@ def test_a_forked_process_counts_anew() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, second = done.stdout.split()
     assert first != second
+
+
+def test_loading_compiled_code_does_not_make_ready_to_compile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """That would take longer, and more memory, than all the rest of opening a model."""
+    folder = str(tmp_path_factory.mktemp("found"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", folder)
+    compiled()
+    script = (
+        "import sys; sys.path.insert(0, {folder!r}); import test_jit; "
+        "print(test_jit.compiled()(21)); print('numba.np.linalg' in sys.modules)"
+    ).format(folder=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True, text=True, check=True, env={**os.environ, "NUMBA_CACHE_DIR": folder},
+    )  # fmt: skip
+    assert done.stdout.split() == ["42", "False"], done.stderr
