@@ -45,7 +45,7 @@ def import_command(
     from bench.importers.read import import_runs, renumbered
     from bench.importers.table import Stated
     from bench.runs import read_runs, write_runs
-    from hwmodel.cli_support import note, print_json
+    from hwmodel.cli_support import counted, note, print_json
     from hwmodel.errors import RunFileError
     from hwmodel.files import write_whole
 
@@ -54,7 +54,7 @@ def import_command(
     found: list[RunRecord] = []
     for name in files:
         imported = import_runs(name, Stated(**stated))
-        note(f"{name}: {imported.format}, {len(imported.records)} runs")
+        note(f"{name}: {imported.format}, {counted(len(imported.records), 'run')}")
         for problem in imported.problems:
             note(problem)
         found += imported.records
@@ -63,7 +63,7 @@ def import_command(
     records = renumbered(found)
     if out:
         write_whole(Path(out), write_runs(records).encode())
-        note(f"wrote {out}: {len(records)} runs")
+        note(f"wrote {out}: {counted(len(records), 'run')}")
     if as_json:
         print_json([r.row() for r in records])
     elif not out:

@@ -77,34 +77,30 @@ def _source_names(names: tuple[str, ...]) -> str:
 
 
 def _read(names: tuple[str, ...], device: str | None, model: str | None) -> list[RunRecord]:
+    from bench.compare import known_name
     from bench.runs import published_runs_path, read_runs
     from hwmodel import names as registry
+    from hwmodel.devices import is_own
     from hwmodel.errors import RunFileError, UnknownNameError
 
     records: list[RunRecord] = []
+    wishes: tuple[tuple[registry.Kind, str | None], ...] = (("device", device), ("model", model))
     for file in names:
         found, problems = read_runs(published_runs_path() if file == _PUBLISHED else file)
         records += found
         for problem in problems:
             note(problem)
-    for kind, wanted in (("device", device), ("model", model)):
+    for kind, wanted in wishes:
         if wanted is None:
             continue
-        name = registry.canonical(kind, wanted)  # type: ignore[arg-type]
-        if name is None:
-            raise UnknownNameError(kind, wanted, registry.suggest(kind, wanted))  # type: ignore[arg-type]
-        records = [r for r in records if _is(kind, getattr(r, kind), name.id)]
+        name = known_name(kind, wanted)
+        if registry.canonical(kind, name) is None and not (kind == "device" and is_own(wanted)):
+            raise UnknownNameError(kind, wanted, registry.suggest(kind, wanted))
+        records = [r for r in records if known_name(kind, getattr(r, kind)) == name]
         if not records:
             shown = _source_names(names)
-            raise RunFileError(f"no row of {shown} is of the {kind} {name.id}")
+            raise RunFileError(f"no row of {shown} is of the {kind} {name}")
     return records
-
-
-def _is(kind: Any, text: str, wanted: str) -> bool:
-    from hwmodel import names
-
-    found = names.canonical(kind, text)
-    return found is not None and found.id == wanted
 
 
 def _fit(path: str | None) -> Fit:

@@ -26,6 +26,7 @@ from bench.problem import per_user
 from bench.resolve import resolve
 from bench.runs import RunRecord
 from hwmodel import names
+from hwmodel.devices import is_own
 from hwmodel.fit import Fit, FittedRun, load_fit
 from hwmodel.predict import config_columns, physical_limit, predict
 from hwmodel.probed import fit_for
@@ -96,10 +97,10 @@ def compare_one(record: RunRecord, quantity: Quantity, fit: Fit) -> dict[str, An
         "reason": "",
         "judged": record.may_fit_quantity(quantity),
         "beyond_limit": False,
-        "device": _known("device", record.device),
-        "engine": _known("engine", record.engine),
-        "model": _known("model", record.model),
-        "quant": _known("quant", record.quant),
+        "device": known_name("device", record.device),
+        "engine": known_name("engine", record.engine),
+        "model": known_name("model", record.model),
+        "quant": known_name("quant", record.quant),
         "depth": record.context_depth,
         "sweep": record.sweep,
         "baseline": None,
@@ -117,8 +118,13 @@ def compare_one(record: RunRecord, quantity: Quantity, fit: Fit) -> dict[str, An
     return {**row, **_figures(record, quantity, run, estimate, fit)}
 
 
-def _known(kind: names.Kind, text: str) -> str:
-    """The canonical name, so that declined rows are counted with their kind; else the text."""
+def known_name(kind: names.Kind, text: str) -> str:
+    """The canonical name, so that declined rows are counted with their kind; else the text.
+
+    A device file of the user's goes by the name of the file.
+    """
+    if kind == "device" and is_own(text):
+        return text.rpartition("/")[2].removesuffix(".toml")
     found = names.canonical(kind, text)
     return text if found is None else found.id
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.compare import COMPARED, worst_rows
-from hwmodel.cli_support import table
+from hwmodel.cli_support import counted, table
 
 if TYPE_CHECKING:
     from hwmodel.fit import Fit
@@ -25,7 +25,8 @@ def comparison_text(result: Mapping[str, Any]) -> str:
     summary = result["summary"]
     counts = ", ".join(f"{n} {status}" for status, n in summary["statuses"].items() if n)
     parts = [
-        f"{summary['rows']} figures ({counts}); {summary['judged']} count in the errors below, "
+        f"{counted(summary['rows'], 'figure')} ({counts}); {summary['judged']} "
+        f"{'counts' if summary['judged'] == 1 else 'count'} in the errors below, "
         f"{percent(summary['coverage']) or 'none'} % of them predicted",
     ]
     parts += _declined(result["rows"])
@@ -54,6 +55,7 @@ def _more(ids: Sequence[str]) -> str:
     return f" and {len(ids) - 1} more" if len(ids) > 1 else ""
 
 
+_REFITS = "(predicted here by refits that never saw the run's sweep)"
 _HEADER = [
     "errors in %", "quantity", "rows", "predicted", "median", "p90", "worst", "in band",
     "held-out median", "p90", "baseline median", "p90",
@@ -100,7 +102,8 @@ def _worst(rows: list[Mapping[str, Any]]) -> list[str]:
         for r in found
     ]
     header = ["worst rows", "quantity", "measured", "predicted", "ratio", "status", "what"]
-    return [table(header, cells)]
+    refits = any(r["held_out_predicted"] for r in found)
+    return [table(header, cells), *([_REFITS] if refits else [])]
 
 
 def errors_text(fit: Fit) -> str:

@@ -13,7 +13,7 @@ import re
 from bench.runs import RunRecord
 from hwmodel import names
 from hwmodel.catalogue import load_model
-from hwmodel.devices import LOCAL, Device, load_device
+from hwmodel.devices import LOCAL, Device, is_own, load_device
 from hwmodel.engines import Engine, load_engine
 from hwmodel.errors import RequestError
 from hwmodel.model import ModelShape, shape_from_totals
@@ -48,6 +48,7 @@ LINKS: tuple[tuple[str, str], ...] = (
     (r"roce|rdma|ethernet|gbe|infiniband|thunderbolt|tb5|tb4|network|usb4", "network"),
     (r"pcie", "pcie"),
 )
+_SAME_SIZE = 1.5  # published totals of one model differ by less: MTP layers, rounding
 
 
 def resolve(record: RunRecord, quantity: Quantity = "decode_tok_s") -> RunConfig:
@@ -83,6 +84,8 @@ def _devices(record: RunRecord, unknown: list[str]) -> tuple[DeviceCount, ...]:
     count = max(1, round(record.n_devices or 1))
     if record.device.strip().lower() == LOCAL:
         return (DeviceCount(load_device(LOCAL), count),)
+    if is_own(record.device):
+        return (DeviceCount(load_device(record.device), count),)
     name = names.canonical("device", record.device)
     if name is not None:
         if not name.exact:
@@ -91,7 +94,10 @@ def _devices(record: RunRecord, unknown: list[str]) -> tuple[DeviceCount, ...]:
     mixed = _mixed_devices(record.device)
     if mixed:
         return mixed
-    raise RequestError(names.why_unknown("device", record.device))
+    why = names.why_unknown("device", record.device)
+    if why.startswith("unknown"):
+        why += "; 'hwmodel devices list' has the names, or state a device file"
+    raise RequestError(why)
 
 
 def _mixed_devices(text: str) -> tuple[DeviceCount, ...]:
@@ -143,9 +149,11 @@ def _model(record: RunRecord, unknown: list[str]) -> ModelShape:
         unknown.append(f"mtp '{record.mtp}' states no number of drafts: taken as 1")
     for text in ([name.id] if name is not None else []) + [record.model]:
         try:
-            return load_model(text)
+            known = load_model(text)
         except RefimplError:
             continue
+        if _is_of_size(known, record.total_params_b):
+            return known
     total = record.total_params_b or record.active_params_b
     if not total:
         raise RequestError(
@@ -153,9 +161,17 @@ def _model(record: RunRecord, unknown: list[str]) -> ModelShape:
         )
     active = min(total, record.active_params_b or total)
     unknown.append(
-        f"model '{record.model}' is not in the registry: shape guessed from {total:g} B parameters"
+        f"model '{record.model}' of this size is not in the registry: shape guessed from "
+        f"{total:g} B parameters"
     )
     return shape_from_totals(record.model, total * 1e9, active * 1e9)
+
+
+def _is_of_size(model: ModelShape, total_params_b: float | None) -> bool:
+    """Whether a row can mean this model: a small one of the same architecture, or one with most
+    of its experts cut out, is stated with other parameters."""
+    ratio = 1.0 if not total_params_b else total_params_b * 1e9 / model.parameters
+    return 1 / _SAME_SIZE < ratio < _SAME_SIZE
 
 
 def _quant(

@@ -28,6 +28,11 @@ def note(message: str) -> None:
         click.echo(" ".join(message.split()), err=True)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 run`, `2 runs`, `1,000 runs`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def print_json(value: Any) -> None:
     """One JSON value on stdout; numbers that are not finite become null."""
     click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))

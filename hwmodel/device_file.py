@@ -11,17 +11,19 @@ from hwmodel import names
 from hwmodel.errors import DeviceFileError
 from hwmodel.quantity import Quantity, read_quantity
 
-DEVICE_CLASSES = (
-    "apple",
-    "nvidia-datacenter",
-    "nvidia-consumer",
-    "nvidia-unified",
-    "amd-instinct",
-    "amd-apu",
-    "amd-consumer",
-    "intel",
-    "cpu",
-)
+# class -> the backends of a file that states none, first choice first
+DEFAULT_API: dict[str, tuple[str, ...]] = {
+    "apple": ("metal", "cpu"),
+    "nvidia-datacenter": ("cuda", "vulkan"),
+    "nvidia-consumer": ("cuda", "vulkan"),
+    "nvidia-unified": ("cuda", "cpu"),
+    "amd-instinct": ("rocm", "vulkan"),
+    "amd-apu": ("vulkan", "rocm", "cpu"),
+    "amd-consumer": ("rocm", "vulkan"),
+    "intel": ("sycl", "vulkan"),
+    "cpu": ("cpu",),
+}
+DEVICE_CLASSES = tuple(DEFAULT_API)
 DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
 # section -> the quantities it may hold
 QUANTITIES: dict[str, tuple[str, ...]] = {
@@ -102,10 +104,10 @@ def check_top(raw: Mapping[str, Any], file: Path | str) -> None:
     if raw.get("schema") != 1:
         raise DeviceFileError(f"{file}: 'schema' is {raw.get('schema')!r}, expected 1")
     if not isinstance(raw.get("name"), str) or not raw["name"].strip():
-        raise DeviceFileError(f"{file}: 'name' is {raw.get('name')!r}, expected a short text")
+        raise DeviceFileError(f"{file}: 'name' {_found(raw, 'name')}, expected a short text")
     if raw.get("class") not in DEVICE_CLASSES:
         raise DeviceFileError(
-            f"{file}: 'class' is {raw.get('class')!r}, expected one of {', '.join(DEVICE_CLASSES)}"
+            f"{file}: 'class' {_found(raw, 'class')}, expected one of {', '.join(DEVICE_CLASSES)}"
         )
     count = raw.get("max_per_host", 1)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1024:
@@ -121,6 +123,10 @@ def check_top(raw: Mapping[str, Any], file: Path | str) -> None:
             raise DeviceFileError(
                 f"{file}: unknown backend {backend!r} in 'api', expected such as {', '.join(near)}"
             )
+
+
+def _found(raw: Mapping[str, Any], key: str) -> str:
+    return f"is {raw[key]!r:.60}" if key in raw else "is missing"
 
 
 def check_quantities(

@@ -74,6 +74,7 @@ from typing import Any
 from hwmodel import names
 from hwmodel.device_file import (
     BY_THREADS,
+    DEFAULT_API,
     DTYPES,
     MEASURED,
     PEAK,
@@ -257,6 +258,12 @@ def device_names() -> tuple[str, ...]:
     return (*sorted(found), LOCAL)
 
 
+def is_own(text: str) -> bool:
+    """Whether a name means the user's own device file, by its path or by its name."""
+    name = text.strip()
+    return name.endswith(".toml") or name.lower() in {p.stem for p in user_folder().glob("*.toml")}
+
+
 def load_device(name_or_path: str | Path) -> Device:
     """A device by name (any alias, any case), by the path of its file, or this host (`local`).
 
@@ -326,7 +333,7 @@ def parse_device(raw: Mapping[str, Any], file: Path | str) -> Device:
         device_class=raw["class"],
         unified=bool(raw.get("unified", False)),
         max_per_host=int(raw.get("max_per_host", 1)),
-        api=tuple(raw.get("api", ())),
+        api=tuple(raw.get("api") or DEFAULT_API[raw["class"]]),
         quantities=quantities,
         texts=texts,
         notes=str(raw.get("notes", "")),

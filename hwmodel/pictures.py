@@ -252,7 +252,7 @@ def _cost_note(plans: Sequence[Plan]) -> str:
     t = terms_of(plans[0].chosen)
     return (
         f"one sequence; bought: {t.years:g} years of {t.days_per_year:g} days of "
-        f"{t.hours_per_day:g} h, electricity included; {fit_note()}"
+        f"{t.hours_per_day:g} h, electricity included\n{fit_note()}"
     )
 
 

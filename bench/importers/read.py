@@ -53,8 +53,9 @@ def import_runs(path: str, stated: Stated) -> Imported:
         known = "; ".join(f.title for f in FORMATS)
         raise RunFileError(f"{source}: {_seen(text)}, expected one of: {known}")
     records = tuple(stated.apply(r) for r in kind.read(text, source))
-    if not records:
-        raise RunFileError(f"{source}: {kind.title}, but without a run that can be used")
+    if not any(getattr(r, c) is not None for r in records for c in MEASURED_COLUMNS):
+        why = "".join(f" ({p})" for p in _gathered(records)[:1])
+        raise RunFileError(f"{source}: {kind.title}, but without a run that can be used{why}")
     return Imported(kind.title, records, tuple(_gathered(records)))
 
 
@@ -93,7 +94,16 @@ def _problems(record: RunRecord) -> list[str]:
         if not getattr(record, column) and not (column == "quant" and record.weights_gb)
     ]
     found += record.problems
-    return found or _impossible(record)
+    return found or _declined(record) + _impossible(record)
+
+
+def _declined(record: RunRecord) -> list[str]:
+    """Why no prediction can be made for a run, which its comparison would say only later."""
+    try:
+        resolve(record)
+    except RefimplError as error:
+        return [f"kept, but a comparison will decline it: {error}"]
+    return []
 
 
 def _impossible(record: RunRecord) -> list[str]:

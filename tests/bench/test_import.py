@@ -15,6 +15,7 @@ others published of files that the tools wrote:
 """
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -245,6 +246,68 @@ def test_appending_keeps_what_was_there_and_ids_stay_apart(tmp_path: Path) -> No
         assert CliRunner().invoke(main, [*args, *more]).exit_code == 0
     records, problems = read_runs(out)
     assert len(records) == 8 and len({r.id for r in records}) == 8 and not problems
+
+
+def test_refimpl_bench_is_imported_as_what_it_is(tmp_path: Path) -> None:
+    """Its records have llama-bench's fields, and its own: engine, drafts, rows of a step."""
+    base = {
+        "engine": "refimpl", "model_filename": "step-mini.gguf", "model_type": "step35 Q4_0",
+        "n_prompt": 0, "n_gen": 8, "avg_ts": 50.0, "n_rows": 1, "mtp": None,
+        "simulated_acceptance": [], "synthetic_kv": False,
+    }  # fmt: skip
+    rows = [
+        base, {**base, "mtp": "3"}, {**base, "n_rows": 4},
+        {**base, "mtp": "2", "simulated_acceptance": [0.9, 0.8]}, {**base, "synthetic_kv": True},
+    ]  # fmt: skip
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(rows))
+    plain, drafts, rows4, simulated, synthetic = import_runs(str(file), FULL).records
+    assert plain.engine == "refimpl" and plain.decode_tok_s == 50 and plain.drafts == 0
+    assert drafts.drafts == 3 and drafts.fit_ok == "yes"
+    assert rows4.decode_tok_s is None and "steps of 4 tokens" in rows4.problems[0]
+    assert rows4.extra["llama-bench:avg_ts"] == "50.0"
+    assert simulated.notes == "simulated acceptance" and simulated.fit_ok == "no"
+    assert synthetic.notes == "random keys and values" and synthetic.fit_ok == "yes"
+
+
+def test_the_table_of_refimpl_bench_says_the_same(tmp_path: Path) -> None:
+    head = "| model | size | params | backend | threads | test | t/s |\n" + "|---" * 7 + "|\n"
+    row = "| step35 Q4_0 | 13.50 MiB | 22.85 M | engine | 2 | {} | 50.00 ± 1.00 |\n"
+    tests = ("tg8", "tg8 mtp 3†", "tg8 x4 rows", "tg8 @ d64*", "pp16+tg8")
+    file = tmp_path / "own.md"
+    file.write_text(head + "".join(map(row.format, tests)) + "\nbuild: 75cb433, kernels avx512\n")
+    plain, drafts, rows4, deep, both = import_runs(str(file), FULL).records
+    assert (plain.engine, plain.engine_version, plain.decode_tok_s) == ("refimpl", "75cb433", 50)
+    assert drafts.drafts == 3 and drafts.fit_ok == "no"
+    assert rows4.decode_tok_s is None and both.decode_tok_s is None and both.prefill_tok_s is None
+    assert deep.context_depth == 64 and deep.notes == "random keys and values"
+    assert "a prompt and generated text together" in both.problems[0]
+
+
+def test_a_device_that_nothing_is_known_of_is_named_at_once(tmp_path: Path) -> None:
+    stated = dataclasses.replace(FULL, device="unknownium")
+    problems = import_runs(str(DATA / "llama-bench.json"), stated).problems
+    assert len(problems) == 1
+    assert (
+        "4 runs: kept, but a comparison will decline it: unknown device 'unknownium'" in problems[0]
+    )
+
+
+def test_a_device_file_of_ones_own_is_compared(tmp_path: Path) -> None:
+    device, out = tmp_path / "box.toml", tmp_path / "runs.csv"
+    stated = 'source = "unverified", as_of = "2026-11"'
+    device.write_text(
+        f'schema = 1\nname = "box"\nclass = "apple"\n[memory]\n'
+        f"total_bytes = {{ value = 128e9, {stated} }}\n[bandwidth]\n"
+        f"peak_bytes_per_s = {{ value = 600e9, {stated} }}\n"
+    )
+    args = ["import", str(DATA / "step-m4max.json"), "--device", str(device), "--out", str(out)]
+    assert CliRunner().invoke(main, args).exit_code == 0
+    for chosen in ([], ["--device", str(device)]):
+        run = CliRunner().invoke(main, ["compare", "--runs", str(out), *chosen, "--json", "-"])
+        rows = json.loads(run.stdout)["rows"]
+        assert len(rows) == 11
+        assert {r["device"] for r in rows} == {"box"} and all(r["predicted"] for r in rows)
 
 
 def test_unknown_fields_survive_the_csv() -> None:

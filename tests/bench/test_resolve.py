@@ -36,6 +36,13 @@ def test_a_prompt_as_long_as_the_depth_started_from_an_empty_cache() -> None:
     assert resolve(at_depth, "prefill_tok_s").workload.depth == 8192
 
 
+def test_a_small_model_of_an_architecture_is_not_its_large_one() -> None:
+    small = resolve(row(model="step35", total_params_b=0.02285, weights_gb=0.0142))
+    assert small.model.parameters == pytest.approx(0.02285e9)
+    assert any("of this size is not in the registry" in u for u in small.unknown)
+    assert resolve(row(model="step35")).model.name == "step-3.5-flash"
+
+
 def test_measured_columns_are_never_read() -> None:
     other = row(decode_tok_s=1.0, prefill_tok_s=9e6, ttft_ms=5.0)
     assert repr(resolve(other)) == repr(resolve(ROW))

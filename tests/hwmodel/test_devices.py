@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hwmodel.device_file import DEVICE_CLASSES
+from hwmodel.device_file import DEFAULT_API, DEVICE_CLASSES
 from hwmodel.devices import device_names, load_device, parse_device, read_device
 from hwmodel.errors import DeviceFileError, UnknownNameError
 from hwmodel.names import canonical
@@ -40,6 +40,17 @@ def write(tmp_path: Path):  # type: ignore[no-untyped-def]
         return path
 
     return file
+
+
+def test_a_file_without_backends_has_those_of_its_class(write) -> None:  # type: ignore[no-untyped-def]
+    assert read_device(write(EXAMPLE.replace('api = ["cuda"]\n', ""))).api == ("cuda", "vulkan")
+    assert read_device(write(EXAMPLE)).api == ("cuda",)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_backends_of_a_class_run_on_every_shipped_device_of_it(name: str) -> None:
+    device = load_device(name)
+    assert device.api[0] == DEFAULT_API[device.device_class][0]
 
 
 def test_the_devices_people_ask_for_are_there() -> None:
