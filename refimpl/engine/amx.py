@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 
@@ -188,8 +189,8 @@ def _panel32(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
         _load(unit, registers, 1, y1, y_bytes)
         _load(unit, registers, 2, z0, y_bytes)
         _load(unit, registers, 3, z1, y_bytes)
-    upper = x + 32 * columns
-    for at in range(0, 32 * columns, PAIR_GROUP):
+    upper, at = x + 32 * columns, np.int64(0)
+    while True:  # a matrix has columns: no code for none of them
         _load(unit, registers, 4, x + at, 64)
         _load(unit, registers, 6, w0 + at, 64)
         _load(unit, registers, 7, w1 + at, 64)
@@ -198,6 +199,9 @@ def _panel32(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
         _dot(unit, registers, 1, 4, 7)
         _dot(unit, registers, 2, 5, 6)
         _dot(unit, registers, 3, 5, 7)
+        at += PAIR_GROUP
+        if at >= 32 * columns:
+            break
     _store(unit, registers, 0, y0, y_bytes)
     _store(unit, registers, 1, y1, y_bytes)
     _store(unit, registers, 2, z0, y_bytes)
@@ -213,11 +217,15 @@ def _panel16(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
     else:
         _load(unit, registers, 0, y0, y_bytes)
         _load(unit, registers, 1, y1, y_bytes)
-    for at in range(0, 32 * columns, PAIR_GROUP):
+    at = np.int64(0)
+    while True:
         _load(unit, registers, 4, x + at, 64)
         _load(unit, registers, 6, w0 + at, 64)
         _load(unit, registers, 7, w1 + at, 64)
         _dot(unit, registers, 0, 4, 6)
         _dot(unit, registers, 1, 4, 7)
+        at += PAIR_GROUP
+        if at >= 32 * columns:
+            break
     _store(unit, registers, 0, y0, y_bytes)
     _store(unit, registers, 1, y1, y_bytes)

@@ -34,8 +34,10 @@ from refimpl.engine.tiles_codes import TILE_ROWS
 from refimpl.errors import RefimplError
 
 _LONGEST_S = 120
-_COLUMNS = 96
-_SHAPES = ((2, 32, 0), (3, 9, 96), (1, 21, 96))  # tiles, rows of activations, first column
+_COLUMNS = 480
+_SHAPES = ((6, 32, 0), (6, 21, 96), (5, 16, 0), (5, 9, 96))
+"""Tiles, rows of activations, first column: every loop of the kernel is gone through, with all the
+instructions that it is unrolled into, so that none is met for the first time in prefill."""
 _WRONG = 3  # exit code of the other process when products are wrong
 
 

@@ -1,7 +1,8 @@
 """Prefill with AMX, on machines that do not have it.
 
 The kernel runs with emulated instructions, the emulation is held against Intel's description, and
-the real instructions are looked at in the machine code made for a processor that has them.
+the real instructions are looked at in the machine code made for a processor that has them (which
+runs in `test_amx_trap.py`).
 """
 
 import os
@@ -41,6 +42,12 @@ BF16_ERROR = 2.5e-3
 needs_avx512 = pytest.mark.skipif(available()[0] != "avx512", reason="AMX goes with AVX512")
 Rows = Callable[[str, int, int], tuple[np.ndarray, np.ndarray]]
 Engine = Callable[..., EngineModel]
+
+
+@pytest.fixture(autouse=True)
+def with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever instruction set is forced: AMX goes with AVX512."""
+    monkeypatch.setenv("REFIMPL_SIMD", available()[0])
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
