@@ -40,7 +40,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--stats",
             is_flag=True,
             help="Bytes per token, GB/s and share of this machine's read limit, experts found "
-            "in memory, and whether prefill uses AMX.",
+            "in memory, what this process's memory is taken by, and whether prefill uses AMX.",
         ),
         memory_option,
         click.option(
@@ -205,6 +205,13 @@ def _print_stats(stats: dict[str, Any] | None) -> None:
         parts.append(f"{100 * share:.0f} % of the file's {_bytes(stats['file_bytes'])} are now")
     if parts:
         note(f"stats: {', '.join(parts)}")
+    if (memory := stats["resident"]) is not None:
+        note(
+            f"stats: {_bytes(memory['total_bytes'])} of memory: {_bytes(memory['model_bytes'])} "
+            f"of the model, {_bytes(memory['cache_bytes'])} of KV, "
+            f"{_bytes(memory['activation_bytes'])} of activations, "
+            f"{_bytes(memory['other_bytes'])} of interpreter, libraries and all else"
+        )
     if stats["disk_bytes_per_s"] is not None:
         limit = stats["disk_limit_bytes_per_s"]
         note(

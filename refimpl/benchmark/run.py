@@ -49,7 +49,7 @@ class BenchResult:
             step read, as the engine counted them; None for the reference and for the loop.
         kv_bytes_per_step: keys and values that any row of a decoding step can see.
         started: seconds since the epoch when the timed part began.
-        resident: see `refimpl.benchmark.resident`; after the test.
+        resident: see `refimpl.engine.resident`; after the test.
         turns: labels of the tests that took turns with this one, its own included.
     """
 
@@ -206,7 +206,7 @@ class Bench:
         return self._rng.integers(self.backend.config.vocab_size, size=count)
 
     def _resident(self, cache: Any) -> dict[str, int] | None:
-        from refimpl.benchmark.resident import resident
+        from refimpl.engine.resident import resident
 
         if not hasattr(self.backend, "working_memory"):
             return None

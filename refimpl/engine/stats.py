@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,7 @@ from refimpl.engine.expert_files import expert_slices
 from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
+from refimpl.engine.resident import resident
 from refimpl.inventory import inventory
 
 
@@ -71,6 +73,7 @@ class Meter:
 
     def __init__(self, source: StoredSource, model: EngineModel) -> None:
         self._model, self._counter = model, TrafficCounter(source, model)
+        self._cache: EngineCache | None = None  # the newest
         self._begin()
 
     def _begin(self) -> None:
@@ -90,7 +93,9 @@ class Meter:
 
     def new_cache(self, capacity: int) -> EngineCache:
         """See `Backend.new_cache`."""
-        return self._model.new_cache(capacity)
+        self._cache = None  # an older one may go first
+        self._cache = self._model.new_cache(capacity)
+        return self._cache
 
     def prefill(self, tokens: Tokens, cache: Cache, all_logits: bool = False) -> Step:
         """See `Backend.prefill`; measuring begins anew after it."""
@@ -136,10 +141,12 @@ class Meter:
         chosen. For a model that fits it follows from what the process read from disks, read-ahead
         included, and is None where the system does not count that. `disk_bytes_per_s` is over the
         time in which experts were being read, its limit random reads of the same file; both are
-        None for a model that fits.
+        None for a model that fits. `resident` is this process's memory before the probe, see
+        `refimpl.engine.resident`.
         """
         if not self._steps or not tokens:
             return None
+        memory = self.resident()
         now, disk = self._counter.now(), disk_bytes_read()
         weights = now.weight_bytes - self._before.weight_bytes
         experts = now.expert_bytes - self._before.expert_bytes
@@ -161,7 +168,15 @@ class Meter:
             **self._fetching(tokens),
             "file_bytes": sum(file.size for file in self._model.files),
             "file_bytes_in_memory": _in_memory(self._model),
+            "resident": memory,
         }
+
+    def resident(self) -> dict[str, int] | None:
+        """Where this process's memory is, the newest cache's included."""
+        model, caches = self._model, [] if self._cache is None else self._cache.blocks()
+        experts = [] if model.residency is None else [model.residency.area]
+        paths = [Path(file.path) for file in model.files]
+        return resident(paths, caches, model.working_memory(), experts)
 
     def _fetching(self, tokens: int) -> dict[str, Any]:
         """What was read of experts, for a model larger than memory; replaces the hit rate."""

@@ -100,7 +100,11 @@ def test_statistics_count_what_the_reference_counts(gguf: str, ids: str) -> None
     assert stats["kv_bytes_per_token"] == 4 * trace.kv_values_read / 11
     assert stats["bytes_per_s"] > 0 and stats["read_limit_bytes_per_s"] > 0
     assert stats["expert_hit_rate"] is None or 0 <= stats["expert_hit_rate"] <= 1
+    if (memory := stats["resident"]) is not None:  # Linux
+        assert memory.pop("total_bytes") == sum(memory.values())
+        assert all(size > 0 for size in memory.values())
     done = run("generate", *args, "--max-new-tokens", "3")
+    assert ("libraries and all else" in done.stderr) == (memory is not None)
     assert "read per token" in done.stderr and "that memory gives these threads" in done.stderr
 
 

@@ -140,9 +140,9 @@ def test_loading_compiled_code_does_not_make_ready_to_compile(
     monkeypatch.setattr(numba.config, "CACHE_DIR", folder)
     compiled()
     script = (
-        "import sys; sys.path.insert(0, {folder!r}); import test_jit; "
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_jit; "
         "print(test_jit.compiled()(21)); print('numba.np.linalg' in sys.modules)"
-    ).format(folder=str(Path(__file__).parent))
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True, text=True, check=True, env={**os.environ, "NUMBA_CACHE_DIR": folder},

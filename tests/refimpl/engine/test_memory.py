@@ -21,6 +21,7 @@ from refimpl.checkpoint.synth import tiny_a
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.formats import FORMATS
 from refimpl.engine.model import EngineModel
+from refimpl.engine.stats import Meter
 from refimpl.errors import InputError
 
 EXPERT_TENSOR = 16 * 256 * 256
@@ -101,7 +102,7 @@ def test_memory_beyond_map_caches_and_activations_is_small(kind: str, tmp_path: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose memory it is")
 def test_experts_that_were_read_into_memory_are_the_models(tmp_path: Path) -> None:
-    from refimpl.benchmark.resident import resident
+    from refimpl.engine.resident import resident
 
     experts = np.ones(1 << 24, dtype=np.uint8)
     without, held = resident(tmp_path, [], []), resident(tmp_path, [], [], [experts])
@@ -110,6 +111,33 @@ def test_experts_that_were_read_into_memory_are_the_models(tmp_path: Path) -> No
     assert without["model_bytes"] == 0
     assert held["model_bytes"] == experts.nbytes
     assert held["other_bytes"] < held["total_bytes"] - experts.nbytes + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose memory it is")
+def test_every_page_of_the_process_is_counted_once(widened: Callable[[str], Path]) -> None:
+    """Against the system's own sum; what is added to the process is seen where it belongs."""
+    model = EngineModel(open_checkpoint(widened("q8_0")), micro_batch=16)
+    meter = Meter(model.source, model)
+    cache = meter.new_cache(512)
+    meter.prefill(range(12), cache)
+    meter.decode([5], cache)
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+    (line,) = (line for line in rollup.splitlines() if line.startswith("Rss:"))
+    found = meter.resident()
+    assert found is not None
+    total = found.pop("total_bytes")
+    assert abs(total - 1024 * int(line.split()[1])) < 4_000_000
+    assert sum(found.values()) == total
+    assert 0 < found["cache_bytes"] <= cache.nbytes
+    written = sum(part.nbytes for part in model.working_memory())
+    assert 0 < found["activation_bytes"] <= written
+    (file,) = model.files
+    assert 0 < found["model_bytes"] <= file.size + 65536
+    held = np.ones(1 << 24, dtype=np.uint8)
+    grown = meter.resident()
+    assert grown is not None
+    assert grown["other_bytes"] - found["other_bytes"] == pytest.approx(held.nbytes, abs=4_000_000)
+    model.close()
 
 
 def test_a_sparse_file_of_the_published_layout_opens_and_runs_on_any_machine(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _PRESENT = 63  # bit of a pagemap entry
 
 
 def resident(
-    model: Path,
+    model: Path | Iterable[Path],
     caches: Iterable[NDArray[Any]],
     work: Iterable[NDArray[Any]],
     experts: Iterable[NDArray[Any]] = (),
@@ -26,14 +26,15 @@ def resident(
     """Bytes in memory by purpose, or None where the system does not say.
 
     Args:
-        model: the checkpoint file, or the folder of its files; pages of it that were touched
-            count as 'model'.
+        model: the checkpoint's file or files, or the folder of its files; pages of their maps
+            that were touched count as 'model'.
         caches, work: arrays of keys and values, and of activations; only their pages that are
             in memory count.
         experts: memory that parts of the model were read into; counts as 'model' too.
     """
     try:
-        total, mapped = _smaps(model.resolve())
+        paths = [model] if isinstance(model, Path) else model
+        total, mapped = _smaps([path.resolve() for path in paths])
         mapped += _present(experts)
         kv, activations = _present(caches), _present(work)
     except OSError:
@@ -47,15 +48,16 @@ def resident(
     }
 
 
-def _smaps(model: Path) -> tuple[int, int]:
-    """Resident bytes of the process, and those that are maps of the model."""
+def _smaps(models: Sequence[Path]) -> tuple[int, int]:
+    """Resident bytes of the process, and those that are maps of files or folders."""
     total = mapped = 0
     inside = False
     with open("/proc/self/smaps", encoding="utf-8") as file:
         for line in file:
             if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
                 name = line.split(maxsplit=5)[5].strip() if line.count("/") else ""
-                inside = bool(name) and (Path(name) == model or model in Path(name).parents)
+                places = (Path(name), *Path(name).parents) if name else ()
+                inside = any(model in places for model in models)
             elif line.startswith("Rss:"):
                 size = int(line.split()[1]) * 1024
                 total += size
