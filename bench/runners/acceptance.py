@@ -4,12 +4,14 @@
 * vLLM: `metrics.speculative_decoding` in the answer's last event where the server was started with
   `--per-request-spec-decode-metrics` (docs.vllm.ai, "Per-Request Acceptance Metrics"), and the
   counters `vllm:spec_decode_num_*_total` of `/metrics`, which count since the server began.
-* SGLang: `meta_info` where the answer carries it (`spec_num_correct_drafts` and
-  `spec_num_proposed_drafts`; older versions `spec_accept_token_num` and `spec_draft_token_num`);
-  at `/metrics` the counters `sglang:spec_verify_calls_total` and `sglang:generation_tokens_total`;
-  at `/server_info` (before: `/get_server_info`) `internal_states[].avg_spec_accept_length`, a mean
-  since the server began, with `speculative_num_draft_tokens` beside it
-  (SGLang's metrics collector, tokenizer manager and scheduler).
+* SGLang: `sglext.spec_tokens_details` in a stream's event of its own where the request asks for it
+  by `return_spec_tokens_details`, `meta_info` where the answer carries it (in both
+  `spec_num_correct_drafts` and `spec_num_proposed_drafts`; in older versions' `meta_info`
+  `spec_accept_token_num` and `spec_draft_token_num`); at `/metrics` the counters
+  `sglang:spec_verify_calls_total` and `sglang:generation_tokens_total`; at `/server_info` (before:
+  `/get_server_info`) `internal_states[].avg_spec_accept_length`, a mean since the server began,
+  with `speculative_num_draft_tokens` beside it (SGLang's protocol, metrics collector, tokenizer
+  manager and scheduler, as of 0.5.23).
 
 An acceptance length counts the token that every step gives anyway; `accepted` does not.
 """
@@ -63,6 +65,16 @@ def ask_server(client: Client, engine: str) -> Told:
         return Told(counters, positions)
     info = _json(_page(client, "/server_info")) or _json(_page(client, "/get_server_info"))
     return Told(counters, (), *_server_info(info))
+
+
+def llama_server_drafts(client: Client) -> bool:
+    """Whether a llama-server says at `/slots` that it drafts; not where it has no such page."""
+    try:
+        slots = json.loads(_page(client, "/slots") or "[]")
+    except (ValueError, RecursionError):
+        return False
+    told = slots if isinstance(slots, list) else []
+    return any(isinstance(s, dict) and s.get("speculative") is True for s in told)
 
 
 def _page(client: Client, path: str) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from bench.runners.acceptance import acceptance, ask_server
+from bench.runners.acceptance import acceptance, ask_server, llama_server_drafts
 from bench.runners.base import Measurement, RunnerError, RunnerTest
 from bench.runners.stream import Answer, Client
 from bench.runners.texts import CHARACTERS_A_TOKEN, prompt
@@ -23,6 +23,13 @@ Keep = Callable[[dict[str, Any]], None]
 # may have kept what it computed for an earlier one.
 _NUMBERS = itertools.count(int(time.time()) % 1_000_000)
 _ENGINES = (("vllm", "vLLM"), ("sglang", "SGLang"), ("llamacpp", "llama.cpp"))
+# llama-server's own threads go on polling after each graph of the model while the context that
+# drafts computes with threads of its own (common/speculative.cpp attaches no pool to it): with as
+# many threads as cores, every barrier waits until the system takes a core from one that polls.
+_POLLING = (
+    "; this llama-server drafts: on the processor its polling threads hold up those that draft, "
+    "a hundredfold where they are as many as the cores; start it with --poll 0"
+)
 
 
 class EndpointRunner:
@@ -92,6 +99,10 @@ class EndpointRunner:
         return f"llama-cpp-python {info.get('version', '')}".strip()
 
     @cached_property
+    def _drafting_llama_server(self) -> bool:
+        return self.engine == "llama.cpp" and llama_server_drafts(self._client)
+
+    @cached_property
     def version(self) -> str:
         """Build, as the endpoint tells, or empty."""
         told = self._props.get("build_info") or self._python_server
@@ -108,6 +119,7 @@ class EndpointRunner:
         Raises:
             RunnerError: no request gave two tokens; the first one's error is told.
         """
+        _ = self._drafting_llama_server  # asked before the server is busy
         self._warm_up(test)
         before, began = ask_server(self._client, self.engine), time.perf_counter()
         answers = self._all(test)
@@ -117,7 +129,7 @@ class EndpointRunner:
         used = used or [a for a in answers if a.tpot_s is not None]
         if not used:
             why = next((a.error for a in answers if a.error), "answers of less than two tokens")
-            raise RunnerError(f"{self._client.where}: {why}")
+            raise RunnerError(f"{self._client.where}: {why}{self._hint(answers)}")
         drafts = acceptance(answers, before, ask_server(self._client, self.engine))
         record = {**self._facts(), **self._summary(test, answers, used, seconds), **drafts,
                   "complete": len(whole)}  # fmt: skip
@@ -143,16 +155,23 @@ class EndpointRunner:
         if not answer.arrivals or not counted:
             counted, refusal = self._client.at_once(self._body(next(_NUMBERS), characters, 1))
         if answer.error and not answer.arrivals:
-            raise RunnerError(f"{self._client.where}: {refusal or answer.error}")
+            why = refusal or f"{answer.error}{self._hint([answer])}"
+            raise RunnerError(f"{self._client.where}: {why}")
         if counted:
             self._per_token = min(12.0, max(0.5, characters / counted))
 
+    def _hint(self, answers: Sequence[Answer]) -> str:
+        """What is known of servers that are as slow as this one; empty where nothing is."""
+        slow = any("no answer within" in a.error for a in answers)
+        return _POLLING if slow and self._drafting_llama_server else ""
+
     def _body(self, number: int, characters: int, tokens: int) -> dict[str, Any]:
-        return {
+        body = {
             "model": self.model, "stream": True, "stream_options": {"include_usage": True},
             "temperature": 0, "max_tokens": tokens,
             "messages": [{"role": "user", "content": prompt(number, characters)}],
         }  # fmt: skip
+        return body | {"return_spec_tokens_details": True} if self.engine == "SGLang" else body
 
     def _ask(self, test: RunnerTest, characters: int, tokens: int, kind: str) -> Answer:
         answer = self._client.ask(self._body(next(_NUMBERS), characters, tokens))

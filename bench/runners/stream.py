@@ -7,6 +7,7 @@ answer's `error`, one phrase; what came before it is kept.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -19,7 +20,7 @@ from bench.runners.base import RunnerError
 
 _LONGEST_LINE = 1 << 20
 _MOST_BYTES = 64 << 20
-_SHOWN = 80
+_SHOWN = 160
 _OPEN, _CLOSE = "<think>", "</think>"
 # drafted, accepted, steps: see bench.runners.acceptance
 _TIMINGS = (("draft_n",), ("draft_n_accepted",), ())
@@ -232,12 +233,16 @@ def _checked(url: str) -> SplitResult:
 
 def _refusal(status: int, data: bytes) -> str:
     text = data.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)["error"]
-        text = found["message"] if isinstance(found, dict) else str(found)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return f"HTTP {status}: {' '.join(str(text).split())[:_SHOWN] or 'no message'}"
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        text = json.loads(text)["error"]
+    return f"HTTP {status}: {_said(text)}"
+
+
+def _said(error: Any) -> str:
+    """The message of an error, alone or in an object, on one line."""
+    text = error.get("message", error) if isinstance(error, dict) else error
+    words = " ".join(str(text)[: 100 * _SHOWN].split()) or "no message"
+    return words if len(words) <= _SHOWN else words[: _SHOWN - 3] + "..."
 
 
 def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: float) -> None:
@@ -299,7 +304,7 @@ def _take(data: bytes, answer: Answer, now: float, heard: _Heard) -> bool:
         if not isinstance(event, dict):
             raise ValueError
         if "error" in event:
-            answer.error = f"the server says: {str(event['error'])[:_SHOWN]}"
+            answer.error = f"the server says: {_said(event['error'])}"
             return False
         for choice in (event.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
@@ -326,11 +331,14 @@ def _count(event: Mapping[str, Any], answer: Answer) -> None:
     details = usage.get("completion_tokens_details") or {}
     answer.prompt_tokens = _whole(usage.get("prompt_tokens"), answer.prompt_tokens)
     answer.completion_tokens = _whole(usage.get("completion_tokens"), answer.completion_tokens)
-    answer.reasoning_tokens = _whole(details.get("reasoning_tokens"), answer.reasoning_tokens)
+    # SGLang puts it beside the others, 0 also where it does not take reasoning apart
+    counted = details.get("reasoning_tokens", usage.get("reasoning_tokens") or None)
+    answer.reasoning_tokens = _whole(counted, answer.reasoning_tokens)
     timings = event.get("timings") or {}
     _drafts_of(timings, answer, _TIMINGS)
     _drafts_of((event.get("metrics") or {}).get("speculative_decoding") or {}, answer, _METRICS)
     _drafts_of(event.get("meta_info") or {}, answer, _META_INFO)
+    _drafts_of((event.get("sglext") or {}).get("spec_tokens_details") or {}, answer, _META_INFO)
     for name in ("prompt_n", "prompt_per_second", "predicted_n", "predicted_per_second"):
         value = timings.get(name)
         if isinstance(value, int | float) and 0 < value < float("inf"):
