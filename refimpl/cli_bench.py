@@ -78,10 +78,11 @@ def bench(model: str, output: str, as_json: bool, **given: Any) -> None:
         note("note: accepted drafts are simulated; the text is random")
     with open_bench(model, settings, note) as opened:
         note_residency(opened.backend)
-        if head := printer.head():
-            click.echo(head)
-        records = []
+        opened.check(tests)
+        records: list[dict[str, Any]] = []
         for result in opened.run_all(tests):
+            if not records and (head := printer.head()):  # no empty table if the first test fails
+                click.echo(head)
             records.append(record(opened, result))
             last = output == "json" or as_json
             click.echo(printer.item(records[-1]), nl=not last or len(records) == len(tests))

@@ -36,8 +36,10 @@ class BenchTest:
     mtp: str = ""
 
     def __post_init__(self) -> None:
-        if min(self.n_prompt, self.n_gen, self.n_depth) < 0:
-            raise InputError("prompt, tokens to generate and depth are 0 or more")
+        named = (("-p", self.n_prompt), ("-n", self.n_gen), ("-d", self.n_depth))
+        for option, tokens in named:
+            if tokens < 0:
+                raise InputError(f"{option} is {tokens}, expected 0 or more tokens")
         if (self.n_prompt > 0) == (self.n_gen > 0):
             raise InputError("a test has either a prompt or tokens to generate")
         if not 1 <= self.n_rows <= MAX_ROWS:
@@ -105,8 +107,9 @@ class Settings:
             raise InputError(f"repetitions is {self.repetitions}, expected 1 or more")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise InputError(f"micro-batch is {self.micro_batch}, expected 1 or more rows")
-        if any(not 0 <= p <= 1 for p in self.acceptance):
-            raise InputError("simulated acceptance is a chance from 0 to 1 for each draft")
+        for chance in self.acceptance:
+            if not 0 <= chance <= 1:
+                raise InputError(f"--simulate-acceptance has {chance:g}, expected 0 to 1")
         if len(self.acceptance) > SPECULATIVE_ROWS:
             raise InputError(
                 f"{len(self.acceptance)} chances of acceptance given; at most "

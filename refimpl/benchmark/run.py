@@ -21,6 +21,7 @@ from refimpl.backends import model_path
 from refimpl.benchmark.plan import BenchTest, Settings
 from refimpl.benchmark.simulated import SimulatedAcceptance
 from refimpl.checkpoint.stored import StoredSource
+from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.errors import InputError
 from refimpl.inventory import inventory
 from refimpl.text.tokenizer import NO_TOKENIZER, Tokenizer
@@ -81,6 +82,19 @@ class Bench:
         self._tokenizer = tokenizer
         self._rng = np.random.default_rng(settings.seed)
         self._counter = _counter(source, backend)
+
+    def check(self, tests: Sequence[BenchTest]) -> None:
+        """Refuse, before any of them runs, tests that go beyond the model's context.
+
+        Raises:
+            InputError: names the test, with the arithmetic.
+        """
+        most = self.backend.config.max_position_embeddings
+        for test in (t for t in tests if t.capacity > most):
+            raise InputError(
+                f"{test.label} needs {test.capacity:,} positions ({test.n_depth:,} of depth, "
+                f"{test.tokens:,} timed, {SPECULATIVE_ROWS} for drafts); the model has {most:,}"
+            )
 
     def run(self, test: BenchTest) -> BenchResult:
         """Warm a test up and time it.

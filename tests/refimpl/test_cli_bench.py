@@ -149,15 +149,16 @@ def test_a_prompt_may_be_given(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("-p", "x"), "not a list of numbers"),
+        (("-p", "-3"), "-p is -3, expected 0 or more tokens"),
+        (("-p", "4", "-d", "0,1022"), "pp4 @ d1022 needs 1,029 positions (1,022 of depth, 4 timed"),
+        (("--mtp", "2", "--simulate-acceptance", ".9,2"), "has 2, expected 0 to 1"),
         (("-d", ","), "not a list of numbers"),
         (("-p", "0", "-n", "0"), "nothing to run"),
-        (("-p", "-3"), "0 or more"),
         (("--rows", "5"), "5 rows a step"),
         (("-r", "0"), "repetitions is 0"),
         (("-ub", "0"), "micro-batch is 0"),
         (("--mtp", "7"), "mtp is '7'"),
         (("--simulate-acceptance", ".5"), "needs drafts"),
-        (("--mtp", "1", "--simulate-acceptance", "2"), "chance from 0 to 1"),
         (("--mtp", "1", "--simulate-acceptance", ".1,.1,.1,.1"), "at most 3"),
         (("--mtp", "1", "-d", "9", "--synthetic-kv"), "no --synthetic-kv"),
         (("--backend", "reference", "--exact"), "belongs to the engine"),
@@ -171,4 +172,5 @@ def test_bad_input_gets_a_sentence(words: tuple[str, ...], message: str) -> None
     result = run(*words)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""  # no table or list that was begun
     assert len(result.stderr.strip().splitlines()) == 1
