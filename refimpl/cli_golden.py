@@ -135,16 +135,23 @@ def dump(
         runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)
         arrays = golden_arrays(runs, ids, new, chunk)  # type: ignore[arg-type]
         meta = {
-            "dtype": dtype,
-            "backend": backend,
-            "exact": exact or backend == "reference",
+            **_run_meta(dtype, backend, exact, config_hash(opened.backend.config)),
             "variant": variant,
             "chunk": chunk,
-            "config_sha256": config_hash(opened.backend.config),
             "command": _command(dtype, backend, new, chunk) + (" --exact" if exact else ""),
         }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
+
+
+def _run_meta(dtype: str, backend: str, exact: bool, config_sha256: str) -> dict[str, Any]:
+    """What every golden file says of the run that made it."""
+    return {
+        "dtype": dtype,
+        "backend": backend,
+        "exact": exact or backend == "reference",
+        "config_sha256": config_sha256,
+    }
 
 
 def _mistaken(backend: Backend, dtype: str, name: str) -> Backend:
@@ -196,10 +203,7 @@ def _dump_piece(
         engine = f" --backend engine{' --exact' if options.exact else ''}"
         command = f"refimpl golden dump --dtype {dtype} --layers {first}:{stop}"
         meta = {
-            "dtype": dtype,
-            "backend": backend,
-            "exact": options.exact or backend == "reference",
-            "config_sha256": config_hash(c),
+            **_run_meta(dtype, backend, options.exact, config_hash(c)),
             "command": command + (engine if backend == "engine" else ""),
         }
     write_golden(Path(out), arrays, meta)

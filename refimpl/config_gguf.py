@@ -32,12 +32,7 @@ def from_gguf(
         CheckpointError: the file is of another architecture.
         ConfigError: a key is missing, has the wrong type or contradicts another.
     """
-    architecture = keys.get("general.architecture")
-    if not isinstance(architecture, str) or architecture != GGUF_ARCHITECTURE:
-        raise CheckpointError(
-            f"general.architecture is {architecture!r}, expected '{GGUF_ARCHITECTURE}' "
-            "(Step 3.5 / 3.7 Flash)"
-        )
+    _check_architecture(keys)
     r = _Keys(keys)
     blocks = r.integer("block_count")
     mtp = r.integer("nextn_predict_layers", 0)
@@ -59,9 +54,7 @@ def from_gguf(
     base = r.number("rope.freq_base", 10000.0)
     base_swa = r.number("rope.freq_base_swa", base)
     if moe_layers is None:
-        first = r.integer("leading_dense_block_count", 0)
-        step = max(1, r.integer("moe_every_n_layers", 1))
-        moe_layers = range(first, trunk, step) if r.integer("expert_count", 0) else ()
+        moe_layers = _stated_moe_layers(r, trunk)
     return ModelConfig(
         hidden_size=r.integer("embedding_length"),
         intermediate_size=r.integer("feed_forward_length"),
@@ -92,6 +85,21 @@ def from_gguf(
         bos_token_id=_token(keys, "tokenizer.ggml.bos_token_id", vocab_size),
         eos_token_id=_stop_tokens(keys, vocab_size),
     )
+
+
+def _check_architecture(keys: Mapping[str, Any]) -> None:
+    found = keys.get("general.architecture")
+    if not isinstance(found, str) or found != GGUF_ARCHITECTURE:
+        raise CheckpointError(
+            f"general.architecture is {found!r}, expected '{GGUF_ARCHITECTURE}' "
+            "(Step 3.5 / 3.7 Flash)"
+        )
+
+
+def _stated_moe_layers(r: _Keys, trunk: int) -> Sequence[int]:
+    first = r.integer("leading_dense_block_count", 0)
+    step = max(1, r.integer("moe_every_n_layers", 1))
+    return range(first, trunk, step) if r.integer("expert_count", 0) else ()
 
 
 def to_gguf(c: ModelConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ wild: per-layer lists with or without entries for the MTP layers, one number ins
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -301,7 +302,6 @@ def _number(key: str, value: Any) -> float:
 
 def to_hf(c: ModelConfig) -> dict[str, Any]:
     """The `config.json` object of a configuration, in the published spelling."""
-    scaling = c.rope_scaling
     return {
         "architectures": ["Step3p5ForCausalLM"],
         "model_type": "step3p5",
@@ -332,15 +332,7 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
         "layer_types": list(c.layer_types),
         "rope_theta": list(c.rope_theta),
         "partial_rotary_factors": list(c.partial_rotary_factors),
-        "rope_scaling": None
-        if scaling is None
-        else {
-            "rope_type": scaling.rope_type,
-            "factor": scaling.factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-        },
+        "rope_scaling": None if c.rope_scaling is None else dataclasses.asdict(c.rope_scaling),
         "yarn_only_types": list(c.yarn_only_types),
         "use_rope_layers": [],
         "use_moe": bool(c.moe_layers),
