@@ -2,7 +2,10 @@
 
 Both state means and medians over requests: `median_tpot_ms` is the time per output token of one
 request, the first excluded, `median_ttft_ms` the time to its first token. Field names as in vLLM's
-`vllm/benchmarks/serve.py` and SGLang's `python/sglang/bench_serving.py`.
+`vllm/benchmarks/serve.py` (to 0.32) and SGLang's `python/sglang/benchmark/serving.py` (to 0.5.23).
+
+Either client drives any server: what it names as its backend says which, but for OpenAI's protocol
+as such (`openai`, `openai-chat`), behind which any engine may be.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ _USED = (
     "total_output_tokens", "median_tpot_ms", "median_ttft_ms", "input_lens", "output_lens",
     "ttfts", "itls", "generated_texts", "errors", "start_times", "failed",
 )  # fmt: skip
-_ENGINES = {"vllm": "vLLM", "openai": "vLLM", "openai-chat": "vLLM", "sglang": "SGLang"}
+_ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trt": "TensorRT-LLM", "tensorrt": "TensorRT-LLM",
+            "lmdeploy": "LMDeploy", "llamacpp": "llama.cpp", "llama.cpp": "llama.cpp"}  # fmt: skip
 
 
 def _records(rows: Iterable[Mapping[str, Any]], source: str, engine: str) -> list[RunRecord]:
@@ -45,17 +49,16 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
     where = f"{source}: row {i + 1}"
     required(row, _NEEDED, where)
     done, asked, given = (_count(row, key, where) for key in _NEEDED)
-    failed = int(row["failed"]) if type(row.get("failed")) is int else 0
+    failed = _failed(row)
     ttft = "median_ttft_ms" if row.get("median_ttft_ms") is not None else "mean_ttft_ms"
     ms, remark = _tpot_ms(row, done, given, where) if done else (None, "")
     prompt, written = (round(n / done) if done else 0 for n in (asked, given))
     model = str(row.get("model_id") or row.get("model") or "")
-    stated = str(row.get("backend") or row.get("endpoint_type") or "")
     return RunRecord(
         id=f"{stem}-{i + 1}",
         model=model,
         quant=_quant_in(model),
-        engine=_ENGINES.get(stated, engine),
+        engine=_engine(row, engine),
         mtp=_drafts(row),
         batch_concurrency=_users(row, done, where),
         prompt_tokens=float(prompt) if done else None,
@@ -72,6 +75,14 @@ def _record(row: Mapping[str, Any], i: int, source: str, stem: str, engine: str)
     )
 
 
+def _failed(row: Mapping[str, Any]) -> int:
+    """Requests that failed: counted, or (SGLang, with details) those with a message."""
+    if type(row.get("failed")) is int:
+        return max(0, int(row["failed"]))
+    errors = row.get("errors")
+    return sum(map(bool, errors)) if isinstance(errors, list) else 0
+
+
 def _failures(failed: int, done: float) -> str:
     return f"{failed} of {failed + round(done)} requests failed" if failed else ""
 
@@ -79,12 +90,14 @@ def _failures(failed: int, done: float) -> str:
 def _tpot_ms(
     row: Mapping[str, Any], done: float, tokens: float, where: str
 ) -> tuple[float | None, str]:
-    """Time per output token, and a remark where it follows from the mean latency: older
-    versions of SGLang write none.
+    """Time per output token, and a remark where it follows from the mean latency (older
+    versions of SGLang write none) or where there is none, since answers had one token each.
 
     Raises:
         RunFileError: neither is there.
     """
+    if tokens <= done:
+        return None, "answers of one token, which have a time to the first token only"
     for key in ("median_tpot_ms", "mean_tpot_ms"):
         if row.get(key) is not None:
             return number(row, key, "ttft_ms", where), ""
@@ -117,15 +130,26 @@ def _users(row: Mapping[str, Any], done: float, where: str) -> float | None:
 
 
 def _drafts(row: Mapping[str, Any]) -> str:
-    """Drafts a step, where vLLM's counters tell them, and tokens that a step gave."""
+    """Most drafts a step, where vLLM's counters tell them, and tokens that a step gave."""
     accepted = row.get("accept_length") or row.get("spec_decode_acceptance_length")
     if not is_number(accepted) or not accepted > 0:
         return "none"
     told = f"accept length {accepted:.4g}"
+    positions = row.get("spec_decode_per_position_acceptance_rates")
+    if isinstance(positions, list) and 0 < len(positions) <= 64:
+        return f"{len(positions)} drafts, {told}"  # ngram drafts fewer where it finds fewer
     tokens, steps = row.get("spec_decode_draft_tokens"), row.get("spec_decode_num_drafts")
     if type(tokens) is int and type(steps) is int and 0 < steps <= tokens <= 64 * steps:
         return f"{round(tokens / steps)} drafts, {told}"
     return told
+
+
+def _engine(row: Mapping[str, Any], client: str) -> str:
+    """The engine behind the endpoint; empty where the file does not tell."""
+    stated = str(row.get("backend") or row.get("endpoint_type") or client).lower()
+    if "spec_decode_num_drafts" in row:  # asked of vLLM's own counters
+        return "vLLM"
+    return _ENGINES.get(re.split(r"[-_]", stated)[0], "")
 
 
 def _quant_in(model: str) -> str:

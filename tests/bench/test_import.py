@@ -2,16 +2,13 @@
 
 The llama-bench and llama-batched-bench files in data/ were written by those programs (build
 0c1e570) for the embedded model on a busy machine: their format is the point, not their speeds.
-`vllm-serve.json` and the SGLang file are written by hand after those tools' result fields. What
-others published of files that the tools wrote:
+What others published of files that the tools wrote:
 
-* `vllm-serve-drafts.json`, `vllm-sweep.json` (two runs of a sweep, and one that failed as a whole):
-  vLLM 0.25.1, fixtures of github.com/er0080/vllm-benchmarking (commits c066a05, 57cb02c, c7b7c1e);
-* `sglang-serving-2025.jsonl`: SGLang of early 2025 (Llama 3.3 70B), three of the lines that
-  github.com/datacrunch-research/h200-benchmarks has in sglang/outputs (commit c091ef5);
 * `step-m4max.json`: StepFun's own figures of a Mac Studio in llama-bench's layout (llama.cpp/docs/
   step3.5-flash.md of github.com/stepfun-ai/Step-3.5-Flash; published runs S068 to S073);
 * `llama-bench-2025.json`: llama.cpp build 5145, github.com/ggml-org/llama.cpp/pull/12994.
+
+The files of vLLM and SGLang are those of test_import_serving.py.
 """
 
 import csv
@@ -78,35 +75,6 @@ def test_batched_decode_is_behind_its_prompt_and_of_all_sequences(name: str) -> 
     assert one.prefill_tok_s and two.prefill_tok_s is None  # two prompts in one figure
 
 
-def test_vllm_speed_is_the_inverse_of_its_median_tpot() -> None:
-    (run,) = _import("vllm-serve.json", Stated(device="h100", quant="FP8", n_devices=8)).records
-    assert run.decode_tok_s == pytest.approx(1000 / 18.2) and run.ttft_ms == 228
-    assert (run.prompt_tokens, run.gen_tokens, run.batch_concurrency) == (1024, 512, 8)
-    assert run.model == "stepfun-ai/Step-3.5-Flash-FP8" and run.source_date == "2026-08-01"
-    assert run.extra["vllm:p99_ttft_ms"] == "262.1"
-
-
-def test_vllm_drafts_are_counted_and_their_acceptance_kept() -> None:
-    """1260 verifications of 3780 drafts; 3.16 tokens each."""
-    (run,) = _import("vllm-serve-drafts.json", Stated(device="h100")).records
-    assert (run.drafts, run.mtp) == (3, "3 drafts, accept length 3.161")
-    assert run.decode_tok_s == pytest.approx(1000 / 14.4168, rel=1e-4)
-    assert (run.quant, run.batch_concurrency, run.gen_tokens) == ("FP8", 2, 498)
-    told = "vllm:spec_decode_per_position_acceptance_rates"
-    assert run.extra[told] == "0.85 0.716667 0.594444"
-    assert run.extra["vllm:mean_itl_ms"].startswith("45.7")
-
-
-def test_a_sweep_keeps_the_run_that_failed_and_says_so() -> None:
-    found = _import("vllm-sweep.json", Stated(device="h100", quant="BF16"))
-    first, second, failed = found.records
-    assert first.decode_tok_s == pytest.approx(1000 / 8.32349, rel=1e-4)
-    assert second.extra["vllm:max_num_seqs"] == "4" and second.fit_ok == "yes"
-    assert failed.decode_tok_s is failed.ttft_ms is None and failed.fit_ok == "failed requests"
-    assert failed.notes == "8 of 8 requests failed"
-    assert [p for p in found.problems if "no request was answered" in p]
-
-
 def test_an_older_llama_bench_of_a_device_nobody_knows() -> None:
     """No depth yet, and a card that is in no registry: its name is kept."""
     (run,) = _import("llama-bench-2025.json", Stated()).records
@@ -114,34 +82,6 @@ def test_an_older_llama_bench_of_a_device_nobody_knows() -> None:
     assert (run.context_depth, run.gen_tokens) == (0, 128)
     assert run.decode_tok_s == pytest.approx(60.984063)
     assert run.engine_version == "12b17501 5145" and run.source_date == "2025-04-17"
-
-
-def test_sglang_keeps_one_record_a_line_and_its_acceptance() -> None:
-    alone, crowd = _import("sglang-serving.jsonl").records
-    assert alone.engine == "SGLang" and alone.mtp == "accept length 2.7"
-    assert (alone.batch_concurrency, crowd.batch_concurrency) == (1, 16)
-    assert crowd.decode_tok_s == pytest.approx(1000 / 17.9)
-
-
-def test_sglang_lines_without_a_time_per_token_follow_from_the_mean_latency() -> None:
-    """(7840.6 - 85.7) ms over 534.5 - 1 tokens; requests a second times latency are the users."""
-    alone, chat, flood = _import("sglang-serving-2025.jsonl", Stated(device="h200")).records
-    assert alone.decode_tok_s == pytest.approx(1000 * (160347 / 300 - 1) / (7840.616 - 85.745))
-    assert alone.notes == "time per token from the mean latency"
-    assert (alone.batch_concurrency, chat.batch_concurrency) == (7.9, 40.5)
-    assert flood.batch_concurrency == 1974.6  # 3000 at once is not what the server worked on
-    assert alone.engine == "SGLang" and alone.extra["sglang:median_itl_ms"].startswith("13.6")
-
-
-def test_a_limit_that_is_not_reached_is_no_number_of_users(tmp_path: Path) -> None:
-    """5 requests a second kept 11.8 of the 256 allowed busy."""
-    row = {"completed": 1000, "total_input_tokens": 302118, "total_output_tokens": 195775,
-           "request_rate": 5.0, "max_concurrency": 256, "concurrency": 11.780263,
-           "request_throughput": 4.889, "median_e2e_latency_ms": 1537.9,
-           "median_tpot_ms": 11.829}  # fmt: skip
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "request_rate": "inf"}) + "\n")
-    assert [r.batch_concurrency for r in import_runs(str(path), FULL).records] == [11.8, 256]
 
 
 def test_every_format_is_recognised_by_exactly_one_reader() -> None:
@@ -206,16 +146,6 @@ def test_unknown_and_damaged_files_get_a_sentence(text: str, says: str, tmp_path
     path.write_text(text)
     with pytest.raises(RunFileError, match=says):
         import_runs(str(path), FULL)
-
-
-def test_numbers_too_large_to_compute_with_say_nothing(tmp_path: Path) -> None:
-    row = {"completed": 10, "total_input_tokens": 100, "total_output_tokens": 100,
-           "request_throughput": 1, "mean_tpot_ms": 1, "duration": 1}  # fmt: skip
-    path = tmp_path / "x.json"
-    for key in ("accept_length", "concurrency", "mean_e2e_latency_ms"):
-        path.write_text(json.dumps({**row, key: 10**400}))
-        (run,) = import_runs(str(path), FULL).records
-        assert (run.mtp, run.batch_concurrency) == ("none", None)
 
 
 def test_impossible_speeds_are_kept_and_named_with_the_limit(tmp_path: Path) -> None:
