@@ -176,7 +176,9 @@ _STATS = ("median", "p90", "worst")
 def _group_intro() -> str:
     return (
         "Held out: the row's sweep is not in the fit that predicts it. In the band: share of "
-        "measured figures inside the band around that prediction."
+        "measured figures inside the band of the present fit laid around that prediction; the "
+        "refits' own bands are wider, and are set so that nine in ten of the left-out figures "
+        "lie inside."
     )
 
 
