@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hwmodel.cli_support import note, print_json
+from hwmodel.cli_support import counted, note, print_json
 from refimpl.cli_support import NumberList
 
 _NUMBERS = NumberList(int, 0, 10**7)
@@ -48,7 +48,7 @@ _NUMBERS = NumberList(int, 0, 10**7)
 @click.option("--name", "model_name", default="", metavar="NAME", help="Model's name in the rows.")
 @click.option("--quant", default="", metavar="TYPE", help="Quant in the rows.")
 @click.option("--device", default="", metavar="NAME",
-              help="Device in the rows. [default: local]")  # fmt: skip
+              help="Device in the rows. [default: local, but for endpoints elsewhere]")  # fmt: skip
 @click.option("--out", default="bench-run.csv", show_default=True, metavar="FILE",
               help="Tidy CSV; rounds with every sample go beside it.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
@@ -101,14 +101,19 @@ def run(
     finally:
         if files.rounds.exists():
             rows = write_rows(files, stated, path)
-            note(f"wrote {files.out} ({len(rows)} rows) and {files.rounds}")
+            note(f"wrote {files.out} ({counted(len(rows), 'row')}) and {files.rounds}")
     if as_json:
         print_json([r.row() for r in rows])
     else:
         click.echo(_table(rows))
-    unnamed = sum(not r.quant for r in rows)
-    if unnamed:
-        note(f"{unnamed} rows name no quant: give --quant, so that they can be compared")
+    for column in ("device", "quant"):
+        unnamed = sum(not getattr(r, column) for r in rows)
+        if unnamed:
+            name = "names" if unnamed == 1 else "name"
+            note(
+                f"{counted(unnamed, 'row')} {name} no {column}: give --{column}, so that they can be "
+                "compared"
+            )
 
 
 def _table(rows: list[Any]) -> str:

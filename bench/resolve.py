@@ -27,6 +27,7 @@ from hwmodel.run import (
     Split,
     Workload,
 )
+from refimpl.benchmark.host import cpu_name
 from refimpl.errors import RefimplError
 
 # What a processor is called in the column `offload`, with the device file of its memory.
@@ -83,6 +84,7 @@ def resolve(record: RunRecord, quantity: Quantity = "decode_tok_s") -> RunConfig
 def _devices(record: RunRecord, unknown: list[str]) -> tuple[DeviceCount, ...]:
     count = max(1, round(record.n_devices or 1))
     if record.device.strip().lower() == LOCAL:
+        _check_host(record)
         return (DeviceCount(load_device(LOCAL), count),)
     if is_own(record.device):
         return (DeviceCount(load_device(record.device), count),)
@@ -98,6 +100,16 @@ def _devices(record: RunRecord, unknown: list[str]) -> tuple[DeviceCount, ...]:
     if why.startswith("unknown"):
         why += "; 'hwmodel devices list' has the names, or state a device file"
     raise RequestError(why)
+
+
+def _check_host(record: RunRecord) -> None:
+    """Refuse a row of `local` that came from another machine: this host's device is not its."""
+    measured_on = record.extra.get("host", "").rpartition(",")[0]
+    if measured_on and measured_on != cpu_name():
+        raise RequestError(
+            f"device 'local' was '{measured_on}' where the row was measured, here it is "
+            f"'{cpu_name()}'; 'bench import FILE --device NAME --out FILE' says what it is"
+        )
 
 
 def _mixed_devices(text: str) -> tuple[DeviceCount, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from bench.importers.llama_bench import quant_of
 from bench.importers.table import Stated
 from bench.interleave import Round, best_probe, read_rounds, usable
 from bench.runners.base import Measurement
 from bench.runs import RunRecord
+from hwmodel.cli_support import counted
 from hwmodel.devices import LOCAL
 from refimpl.errors import RefimplError
 
@@ -77,7 +80,7 @@ def rows_of(rounds: Sequence[Round], stated: Stated) -> list[RunRecord]:
 def _row(case: str, label: str, rounds: Sequence[Round], kind: str) -> RunRecord:
     arms = [r.arms[label] for r in rounds]
     last, speed = arms[-1], median(m.median_ts for m in arms)
-    record, remarks = last.record, [f"{len(rounds)} {kind} rounds"]
+    record, remarks = last.record, [counted(len(rounds), f"{kind} round")]
     day = time.strftime("%Y-%m-%d", time.gmtime(rounds[-1].started))
     low, high = min(m.median_ts for m in arms), max(m.median_ts for m in arms)
     extra = {
@@ -89,12 +92,22 @@ def _row(case: str, label: str, rounds: Sequence[Round], kind: str) -> RunRecord
         "id": re.sub(r"[^\w.@-]+", "-", f"{day}-{label}-{case}"),
         "total_params_b": _scaled(record.get("model_n_params"), 1e-9),
         "weights_gb": _scaled(record.get("model_size"), 1e-9),
-        "device": LOCAL, "n_devices": 1.0, "engine": last.engine, "engine_version": last.build,
-        "source_date": day, "confidence": "measured by bench run", "sweep": f"{day}-{case}",
+        "device": _device(label), "n_devices": 1.0, "engine": last.engine,
+        "engine_version": last.build, "source_date": day,
+        "confidence": "measured by bench run", "sweep": f"{day}-{case}",
         "fit_ok": "yes" if kind == "quiet" else "no",
     }  # fmt: skip
     own = _served(record, arms, remarks, extra) if "ttft_s" in record else _from_file(record, speed)
     return RunRecord(**{**values, **own, "notes": "; ".join(remarks), "extra": extra})
+
+
+def _device(label: str) -> str:
+    """`local`, or nothing for an endpoint elsewhere: an address does not say what serves it."""
+    if "://" not in label:
+        return LOCAL
+    host = urlsplit(label.split()[0]).hostname or ""
+    own = host in ("localhost", "::1", platform.node().lower()) or host.startswith("127.")
+    return LOCAL if own else ""
 
 
 def _from_file(record: Mapping[str, Any], speed: float) -> dict[str, Any]:

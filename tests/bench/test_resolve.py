@@ -6,6 +6,7 @@ import pytest
 
 from bench.resolve import resolve
 from bench.runs import RunRecord
+from refimpl.benchmark.host import cpu_name
 from refimpl.errors import RefimplError
 
 ROW = RunRecord(
@@ -41,6 +42,14 @@ def test_a_small_model_of_an_architecture_is_not_its_large_one() -> None:
     assert small.model.parameters == pytest.approx(0.02285e9)
     assert any("of this size is not in the registry" in u for u in small.unknown)
     assert resolve(row(model="step35")).model.name == "step-3.5-flash"
+
+
+def test_local_is_the_host_that_the_row_was_measured_on() -> None:
+    own = row(device="local", extra={"host": f"{cpu_name()}, 2 threads"})
+    assert resolve(own).devices[0].device.device_class == "cpu"
+    theirs = row(device="local", extra={"host": "Some Other CPU, 2 threads"})
+    with pytest.raises(RefimplError, match=r"'local' was 'Some Other CPU' where .* --device NAME"):
+        resolve(theirs)
 
 
 def test_measured_columns_are_never_read() -> None:

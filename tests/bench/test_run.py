@@ -153,6 +153,19 @@ def test_a_row_holds_the_median_of_quiet_rounds_and_what_it_depends_on() -> None
     assert (stated.model, stated.device, stated.quant) == ("step-3.5-flash", "m4max", "Q4_K_S")
 
 
+@pytest.mark.parametrize(
+    ("label", "device"),
+    [
+        ("refimpl", "local"), ("http://localhost:8080 x2", "local"),
+        ("http://127.0.0.1:8080 x2", "local"), ("https://gpu.example.com x2", ""),
+    ],
+)  # fmt: skip
+def test_an_endpoint_elsewhere_is_not_this_device(label: str, device: str) -> None:
+    arms = {label: measured(40.0, record=SERVED)}
+    assert rows_of([a_round(**arms)], Stated())[0].device == device
+    assert rows_of([a_round(**arms)], Stated(device="h100"))[0].device == "h100"
+
+
 def test_a_prefill_is_a_prefill() -> None:
     record = {**RECORD, "n_prompt": 512, "n_gen": 0, "n_depth": 0}
     (row,) = rows_of([a_round(a=measured(99.0, record=record))], Stated())
