@@ -119,7 +119,8 @@ class EndpointRunner:
         Raises:
             RunnerError: no request gave two tokens; the first one's error is told.
         """
-        _ = self._drafting_llama_server  # asked before the server is busy
+        # asked before the server is busy, or gone with answers that are to be kept
+        _ = self._listed, self.version, self._drafting_llama_server
         self._warm_up(test)
         before, began = ask_server(self._client, self.engine), time.perf_counter()
         answers = self._all(test)
@@ -230,8 +231,9 @@ class EndpointRunner:
         gaps = sorted(g for a in used for g in a.gaps_s)
         prompts = [a.prompt_tokens for a in used if a.prompt_tokens]
         errors = [a.error for a in answers if a.error]
-        reasoning = [a.reasoning_tokens for a in used if a.reasoning_tokens is not None]
-        pieces = sum(a.reasoning_pieces for a in used)
+        # vLLM counts reasoning that has ended only, and answers end before it does
+        reasoning = sum(max(a.reasoning_tokens or 0, a.reasoning_pieces) for a in used)
+        told = any(a.reasoning_tokens is not None for a in used)
         counted = all(a.completion_tokens == a.tokens for a in used)
         prefill = [a.server["prompt_per_second"] for a in used if _prefilled_all(a)]
         return {
@@ -242,8 +244,8 @@ class EndpointRunner:
             "n_prompt": round(median(prompts)) if prompts else test.n_prompt,
             "prompt_counted": bool(prompts or self._per_token),
             "tokens_counted_by": "server" if counted else "pieces",
-            "reasoning_tokens": sum(reasoning) if reasoning else pieces or None,
-            "reasoning_pieces": pieces,
+            "reasoning_tokens": reasoning if reasoning or told else None,
+            "reasoning_pieces": sum(a.reasoning_pieces for a in used),
             "ttft_s": median(a.arrivals[0] for a in used),
             "tpot_s": median(_tpot(a) for a in used),
             "itl_median_s": median(gaps),

@@ -331,8 +331,7 @@ def _count(event: Mapping[str, Any], answer: Answer) -> None:
     details = usage.get("completion_tokens_details") or {}
     answer.prompt_tokens = _whole(usage.get("prompt_tokens"), answer.prompt_tokens)
     answer.completion_tokens = _whole(usage.get("completion_tokens"), answer.completion_tokens)
-    # SGLang puts it beside the others, 0 also where it does not take reasoning apart
-    counted = details.get("reasoning_tokens", usage.get("reasoning_tokens") or None)
+    counted = details.get("reasoning_tokens", usage.get("reasoning_tokens"))  # SGLang: in usage
     answer.reasoning_tokens = _whole(counted, answer.reasoning_tokens)
     timings = event.get("timings") or {}
     _drafts_of(timings, answer, _TIMINGS)
