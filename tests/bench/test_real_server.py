@@ -1,27 +1,23 @@
 """The streaming client against the recorded bytes of a real server.
 
 `streams/llama-cpp-python.json` was written by tests/golden/make_server_streams.py, which also runs
-the client against that server itself. It is unlike the servers of test_endpoint.py in what it does
+the client against that server itself. It is unlike the server of test_endpoint.py in what it does
 not do: it counts nothing in a stream, leaves reasoning in the text, answers a prompt that is too
 long with an empty stream, and breaks one answer off when the next is asked for.
 """
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from replayed_server import recorded, replay
 
 from bench.runners.base import RunnerError, RunnerTest
 from bench.runners.endpoint import EndpointRunner
 from bench.runners.stream import Answer, Client
 
-STREAMS = json.loads(
-    (Path(__file__).parent / "streams" / "llama-cpp-python.json").read_text(encoding="utf-8")
-)
+STREAMS = recorded("llama-cpp-python")
 TEST = RunnerTest(Path(""), n_prompt=100, n_gen=12)
 
 
@@ -29,41 +25,8 @@ TEST = RunnerTest(Path(""), n_prompt=100, n_gen=12)
 def replayed() -> Iterator[tuple[str, dict[str, str]]]:
     """An address, and which recorded answer it gives to streamed and to whole requests."""
     given = {"stream": "plain", "whole": "at once"}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            pages = {p["path"]: p for p in STREAMS["pages"]}
-            self.send(pages.get(self.path, {"status": 404, "type": "", "body": "{}"}))
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send(STREAMS[given["stream" if body.get("stream") else "whole"]])
-
-        def send(self, found: dict[str, Any]) -> None:
-            self.send_response(found["status"])
-            self.send_header("Content-Type", found["type"])
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for event in found["body"].split("\n\n"):
-                data = (event + "\n\n").encode() if event else b""
-                if data:
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-                    self.wfile.flush()
-            if found.get("whole", True):
-                self.wfile.write(b"0\r\n\r\n")
-            self.close_connection = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{web.server_port}", given
-    web.shutdown()
-    web.server_close()
+    with replay(STREAMS, given) as url:
+        yield url, given
 
 
 def _ask(url: str) -> Answer:
