@@ -111,8 +111,8 @@ def run(
         if unnamed:
             name = "names" if unnamed == 1 else "name"
             note(
-                f"{counted(unnamed, 'row')} {name} no {column}: give --{column}, so that they can be "
-                "compared"
+                f"{counted(unnamed, 'row')} {name} no {column}: give --{column}, so that they "
+                "can be compared"
             )
 
 

@@ -263,7 +263,7 @@ def residuals_figure(rows: Sequence[Row], source: str) -> Figure:
     with style():
         figure = Figure(figsize=(14.4, 2.6 + 0.72 * max(1, most)), layout="constrained")
         if not most:
-            figure.text(0.5, 0.5, "no row could be predicted", ha="center")
+            figure.text(0.5, 0.5, "no row that counts has a prediction", ha="center")
             return figure
         for axes, (column, groups) in zip(figure.subplots(1, 2), panels, strict=True):
             _draw_residuals(axes, groups)

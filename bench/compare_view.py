@@ -24,15 +24,20 @@ def comparison_text(result: Mapping[str, Any]) -> str:
     """Errors in % by quantity, device and engine beside the baseline, and the worst rows."""
     summary = result["summary"]
     counts = ", ".join(f"{n} {status}" for status, n in summary["statuses"].items() if n)
-    parts = [
-        f"{counted(summary['rows'], 'figure')} ({counts}); {summary['judged']} "
-        f"{'counts' if summary['judged'] == 1 else 'count'} in the errors below, "
-        f"{percent(summary['coverage']) or 'none'} % of them predicted",
-    ]
+    judged = "none counts in the errors below"
+    if summary["judged"]:
+        judged = (
+            f"{summary['judged']} {'counts' if summary['judged'] == 1 else 'count'} in the errors "
+            f"below, {percent(summary['coverage'])} % of them predicted"
+        )
+    parts = [f"{counted(summary['rows'], 'figure')} ({counts}); {judged}"]
     parts += _declined(result["rows"])
     if summary["beyond_limit"]:
         parts.append(f"{summary['beyond_limit']} measured beyond the datasheet's limit")
-    parts += ["", _errors_table(summary), "", *_worst(result["rows"])]
+    if summary["judged"]:
+        parts += ["", _errors_table(summary), "", *_worst(result["rows"])]
+    else:
+        parts += ["", *_unjudged(result["rows"])]
     return "\n".join(parts)
 
 
@@ -87,8 +92,24 @@ def _errors_row(name: str, quantity: str, e: Mapping[str, Any]) -> list[str]:
 
 def _worst(rows: list[Mapping[str, Any]]) -> list[str]:
     found = worst_rows(rows)
-    if not found:
-        return []
+    refits = any(r["held_out_predicted"] for r in found)
+    return [_rows_table("worst rows", found), *([_REFITS] if refits else [])] if found else []
+
+
+_UNJUDGED = 10  # rows that are shown where none is judged
+
+
+def _unjudged(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first rows of a file without any that counts, such as one of busy rounds."""
+    shown = [r for r in rows if r["predicted"] is not None]
+    more = len(shown) - _UNJUDGED
+    return [
+        *([_rows_table("not judged", shown[:_UNJUDGED])] if shown else []),
+        *([f"{more} more, see --json"] if more > 0 else []),
+    ]
+
+
+def _rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             str(r["id"]),
@@ -99,11 +120,10 @@ def _worst(rows: list[Mapping[str, Any]]) -> list[str]:
             r["status"],
             f"{r['model']} {r['quant']} on {r['device']}, {r['engine']}"[:60],
         ]
-        for r in found
+        for r in rows
     ]
-    header = ["worst rows", "quantity", "measured", "predicted", "ratio", "status", "what"]
-    refits = any(r["held_out_predicted"] for r in found)
-    return [table(header, cells), *([_REFITS] if refits else [])]
+    header = [title, "quantity", "measured", "predicted", "ratio", "status", "what"]
+    return table(header, cells)
 
 
 def errors_text(fit: Fit) -> str:

@@ -88,7 +88,7 @@ def scatter_figure(rows: Sequence[Row], source: str) -> Figure:
     with style():
         figure = Figure(figsize=(7.2 * columns, 6.2 * height + 1.6), layout="constrained")
         if not panels:
-            figure.text(0.5, 0.5, "no row could be predicted", ha="center")
+            figure.text(0.5, 0.5, "no row that counts has a prediction", ha="center")
             return figure
         grid = figure.subplots(height, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):

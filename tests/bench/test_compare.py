@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.compare import compare, own_run, worst_rows
+from bench.compare_view import comparison_text
 from bench.importers.read import import_runs
 from bench.importers.table import Stated
 from bench.runs import RunRecord, published_runs_path, read_runs
@@ -139,3 +140,10 @@ def test_a_declined_row_is_counted_under_its_canonical_names() -> None:
     assert found["rows"][0]["status"] == "declined"
     assert found["rows"][0]["predicted"] is None
     assert set(found["summary"]["by_device"]) == {"m4max"}
+
+
+def test_rows_that_do_not_count_are_shown_where_none_does() -> None:
+    rows = [dataclasses.replace(ROW, id=f"X{i}", fit_ok="no") for i in range(6)]
+    text = comparison_text(compare(rows))
+    assert "none counts in the errors below" in text and "errors in %" not in text
+    assert "not judged" in text and "2 more, see --json" in text

@@ -79,4 +79,4 @@ def test_small_groups_share_a_line(records: list[RunRecord]) -> None:
 def test_nothing_to_draw_is_said(records: list[RunRecord]) -> None:
     lost = [dataclasses.replace(r, device="somebody's machine") for r in records[:3]]
     assert "no row of a model" in texts(roles_figure(lost))
-    assert "no row could be predicted" in texts(residuals_figure([], "x"))
+    assert "no row that counts has a prediction" in texts(residuals_figure([], "x"))

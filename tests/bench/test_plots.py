@@ -79,5 +79,5 @@ def test_decode_against_depth(records: list[RunRecord]) -> None:
 
 
 def test_nothing_to_draw_is_said() -> None:
-    assert "no row could be predicted" in texts(scatter_figure([], "x"))
+    assert "no row that counts has a prediction" in texts(scatter_figure([], "x"))
     assert "no sweep" in texts(depth_figure([], "x"))
