@@ -11,6 +11,9 @@ registers:
 
     0 1    sums of activations 0..15 and two weight tiles         6 7    weights
     2 3    sums of activations 16..31                             4 5    activations
+
+With no more than 16 rows of activations, sums of four weight tiles are in 0..3 instead: a product
+may begin every 16 cycles but takes 52, so that two running sums would wait for themselves.
 """
 
 from __future__ import annotations
@@ -134,15 +137,23 @@ def amx_multiplying(unit: TileUnit) -> Any:
         _gather(blobs, rows, offset + 2 * first, columns, x)
         _write_shapes(config, rows)
         _configure(unit, registers, config)
-        for tile in range(0, count, 2):
-            # An odd last tile is paired with itself: the same sums are stored twice.
-            next_tile = min(tile + 1, count - 1)
-            w0, y0 = tiles + tile * tile_bytes, y + 4 * TILE_ROWS * tile
-            w1, y1 = tiles + next_tile * tile_bytes, y + 4 * TILE_ROWS * next_tile
-            if rows > TILE_ROWS:
-                _panel32(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes)
-            else:
-                _panel16(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes)
+        if rows > TILE_ROWS:
+            for tile in range(0, count, 2):
+                # An odd last tile is paired with itself: the same sums are stored twice.
+                last = min(tile + 1, count - 1)
+                w, y0 = tiles + tile * tile_bytes, y + 4 * TILE_ROWS * tile
+                w1, y1 = tiles + last * tile_bytes, y + 4 * TILE_ROWS * last
+                _panel32(unit, registers, w, w1, x, columns, first, y0, y1, y_bytes)
+        else:
+            for tile in range(0, count, 4):
+                last = min(tile + 3, count - 1)
+                w, y0 = tiles + tile * tile_bytes, y + 4 * TILE_ROWS * tile
+                w1, y1 = tiles + last * tile_bytes, y + 4 * TILE_ROWS * last
+                if last > tile + 1:
+                    four = (w, w + tile_bytes, w + 2 * tile_bytes, w1)
+                    _panel16_four(unit, registers, four, x, columns, first, y0, y1, y_bytes)
+                else:
+                    _panel16(unit, registers, w, w1, x, columns, first, y0, y1, y_bytes)
         _release(unit, registers)
 
     return multiply
@@ -171,8 +182,10 @@ def _write_shapes(config, rows):
         store_i8(config + 48 + tile, 16)
     for tile in (0, 1, 4):
         store_i8(config + 48 + tile, lower)
-    for tile in (2, 3, 5):
-        store_i8(config + 48 + tile, upper)
+    for tile in (2, 3):
+        store_i8(config + 48 + tile, upper if rows > 16 else lower)
+    if rows > 16:
+        store_i8(config + 53, upper)
 
 
 @njit(forceinline=True)
@@ -210,7 +223,7 @@ def _panel32(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
 
 @njit(forceinline=True)
 def _panel16(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
-    """Up to 16 rows of activations times two weight tiles."""
+    """Up to 16 rows of activations times the last two weight tiles, or the last one twice."""
     if first == 0:
         _zero(unit, registers, 0)
         _zero(unit, registers, 1)
@@ -229,3 +242,38 @@ def _panel16(unit, registers, w0, w1, x, columns, first, y0, y1, y_bytes):
             break
     _store(unit, registers, 0, y0, y_bytes)
     _store(unit, registers, 1, y1, y_bytes)
+
+
+@njit(forceinline=True)
+def _panel16_four(unit, registers, w, x, columns, first, y0, y3, y_bytes):
+    """Up to 16 rows of activations times four weight tiles."""
+    w0, w1, w2, w3 = w
+    y1, y2 = y0 + 4 * TILE_ROWS, y0 + 8 * TILE_ROWS
+    if first == 0:
+        _zero(unit, registers, 0)
+        _zero(unit, registers, 1)
+        _zero(unit, registers, 2)
+        _zero(unit, registers, 3)
+    else:
+        _load(unit, registers, 0, y0, y_bytes)
+        _load(unit, registers, 1, y1, y_bytes)
+        _load(unit, registers, 2, y2, y_bytes)
+        _load(unit, registers, 3, y3, y_bytes)
+    at = np.int64(0)
+    while True:
+        _load(unit, registers, 4, x + at, 64)
+        _load(unit, registers, 5, w0 + at, 64)
+        _load(unit, registers, 6, w1 + at, 64)
+        _load(unit, registers, 7, w2 + at, 64)
+        _dot(unit, registers, 0, 4, 5)
+        _dot(unit, registers, 1, 4, 6)
+        _dot(unit, registers, 2, 4, 7)
+        _load(unit, registers, 5, w3 + at, 64)
+        _dot(unit, registers, 3, 4, 5)
+        at += PAIR_GROUP
+        if at >= 32 * columns:
+            break
+    _store(unit, registers, 0, y0, y_bytes)
+    _store(unit, registers, 1, y1, y_bytes)
+    _store(unit, registers, 2, y2, y_bytes)
+    _store(unit, registers, 3, y3, y_bytes)

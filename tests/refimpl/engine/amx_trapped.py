@@ -28,7 +28,7 @@ from refimpl.engine.memory import address, zeroed
 from refimpl.engine.simd import choose_simd, cpu_features, sources_hash
 
 UNITS = {name: amx.TileUnit(name, sources_hash()) for name in ("amx", "amx emulated")}
-TILES, ROWS, COLUMNS, FIRST = (1, 2, 5, 8), (1, 5, 15, 16, 17, 31, 32), (32, 96, 480), (0, 64)
+TILES, ROWS, COLUMNS, FIRST = (1, 2, 3, 5, 8), (1, 5, 15, 16, 17, 31, 32), (32, 96, 480), (0, 64)
 _MARGIN = 64  # bytes around what a product may write
 
 

@@ -246,14 +246,16 @@ def count(lines: list[str], instruction: str) -> int:
 
 
 def test_the_kernel_is_made_of_tile_instructions(assembly: list[str]) -> None:
-    for name in ("tilezero", "tileloadd", "tdpbf16ps", "tilestored"):
+    """How often each is run is seen in `test_amx_trap.py`."""
+    names = ("ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease")
+    for name in names:
         assert count(assembly, name) > 0, name
-    assert count(assembly, "ldtilecfg") == count(assembly, "tilerelease") == 1
 
 
 def test_inner_loops_load_and_multiply_tiles_and_nothing_else(assembly: list[str]) -> None:
-    """Four products for four loads with up to 32 rows of activations, two for three with up to 16;
-    sums stay in their registers, no tile or vector goes by way of the stack."""
+    """Four products for four loads with up to 32 rows of activations, for five with up to 16, and
+    two for three at the end; sums stay in their registers, no tile or vector goes by way of the
+    stack."""
     kinds = set()
     for body in loops(assembly):
         products, loads = count(body, "tdpbf16ps"), count(body, "tileloadd")
@@ -263,8 +265,8 @@ def test_inner_loops_load_and_multiply_tiles_and_nothing_else(assembly: list[str
         assert not [line for line in body if re.search(r"%[xyz]mm|tile.*\(%rsp", line)]
         assert count(body, "tilestored") == count(body, "tilezero") == 0
         written = {line.split("%")[-1] for line in body if line.startswith("tdpbf16ps")}
-        assert written == ({f"tmm{i}" for i in range(4)} if products == loads else {"tmm0", "tmm1"})
-    assert kinds == {1.0, 2 / 3}
+        assert written == {f"tmm{i}" for i in range(2 if products / loads == 2 / 3 else 4)}
+    assert kinds == {1.0, 4 / 5, 2 / 3}
 
 
 # ------------------------------------------------------------------ the choice

@@ -242,8 +242,8 @@ def test_every_tile_instruction_of_the_code_was_run(
 
 def tile_products(rows: int, columns: int, tokens: int) -> int:
     """TDPBF16PS of a matrix (rows, columns) with `tokens` rows of activations, 16 x 16 sums and 32
-    columns each: tiles of 16 rows go in pairs within units of 128, an odd one with itself, rows of
-    activations in panels of 32 and a last one of up to 16."""
+    columns each: tiles of 16 rows go in pairs or fours within units of 128, an odd one twice, rows
+    of activations in panels of 32 and a last one of up to 16."""
     units = [min(128, rows - at) // 16 for at in range(0, rows, 128)]
     pairs = sum(-(-tiles // 2) for tiles in units)
     last = tokens % 32
