@@ -30,17 +30,14 @@ WIDE = {
     "class+quant": 0.4,
 }  # fmt: skip
 RESIDUAL = 0.05  # of a probe point, beside what the effects leave open
-CACHE = "local-cache"
 
 
 def cache_device(device: Device, bytes_per_s: float, source: str, as_of: str) -> Device:
-    """The host with the bandwidth of its last cache, for models that stay in it."""
-    from hwmodel.device_file import MEASURED, PEAK
+    """The host with the bandwidth of its last cache, as `hwmodel.probed.cache_device`."""
+    from hwmodel import probed
     from hwmodel.quantity import Quantity
 
-    speed = Quantity(bytes_per_s, source, as_of)
-    others = {k: q for k, q in device.quantities.items() if k not in (PEAK, MEASURED)}
-    return dataclasses.replace(device, name=CACHE, quantities={**others, MEASURED: speed})
+    return probed.cache_device(device, Quantity(bytes_per_s, source, as_of))
 
 
 class Host:

@@ -30,8 +30,6 @@ RULE = (
     "the same round, times what the anchor gave in the probe, for that is what the predictions "
     "start from. Every point that the predictions list is judged; none is dropped."
 )
-_CACHE_BYTES = 8 << 20
-_CACHE_REPETITIONS = 400
 
 
 @dataclass(frozen=True)
@@ -70,23 +68,13 @@ def measured(
     return found
 
 
-def cache_bandwidth(threads: int) -> float:
-    """Bytes/s that all threads read of an array that stays in the last cache."""
-    import contextlib
-
-    from refimpl.engine.probe import read_bandwidth
-    from refimpl.engine.threads import Team
-
-    with contextlib.closing(Team(threads)) as team:
-        return median(read_bandwidth(team, _CACHE_BYTES, _CACHE_REPETITIONS))
-
-
 def write_probe(folder: Path, device_file: Path, threads: int) -> dict[str, Any]:
     """Measure the last cache and keep it with the device file's text in `probe.json`.
 
     Raises:
         DeviceFileError: the device file is missing or not valid.
     """
+    from bench.probe import CACHE_BYTES, cache_speeds
     from hwmodel.devices import read_device
     from refimpl.benchmark.host import cpu_name, machine_state
 
@@ -95,8 +83,8 @@ def write_probe(folder: Path, device_file: Path, threads: int) -> dict[str, Any]
         "as_of": time.strftime("%Y-%m-%d", time.gmtime()),
         "host": f"{cpu_name()}, {threads} threads",
         "threads": threads,
-        "cache_bytes_per_s": cache_bandwidth(threads),
-        "cache_probe_bytes": _CACHE_BYTES,
+        "cache_bytes_per_s": median(cache_speeds(threads)),
+        "cache_probe_bytes": CACHE_BYTES,
         "device": device_file.read_text(encoding="utf-8"),
         "state": machine_state(),
     }

@@ -23,6 +23,8 @@ _MATRIX = 1536
 _MATRIX_REPETITIONS = 10
 _SETTLE_S = 0.3
 _SMALL_CACHES_BYTES = 128 << 20
+CACHE_BYTES = 8 << 20  # in the last cache of a processor that engines are fast on
+_CACHE_REPETITIONS = 400
 _LARGEST_BYTES = 4 << 30
 
 Note = Callable[[str], None]
@@ -82,6 +84,7 @@ class HostProbe:
         threads: of the figures that use all of them.
         started: seconds since the epoch.
         state: of the machine at the beginning (`refimpl.benchmark.host.machine_state`).
+        cache_bytes: of all last-level caches together, 0 where the system does not tell.
     """
 
     figures: tuple[Figure, ...]
@@ -91,6 +94,7 @@ class HostProbe:
     started: float
     seconds: float
     state: dict[str, Any] = field(default_factory=dict)
+    cache_bytes: int = 0
 
     def figure(self, key: str) -> Figure | None:
         """The figure of a key, None where it was not measured."""
@@ -176,9 +180,11 @@ def probe_host(
     others = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
     state = machine_state()
     counts = thread_counts(threads)
-    size = beyond_caches(last_level_bytes(), psutil.virtual_memory().available, threads)
+    caches = last_level_bytes()
+    size = beyond_caches(caches, psutil.virtual_memory().available, threads)
     stages: list[Callable[[], list[Figure]]] = [
         *(lambda n=n: [_memory(n, size, n == threads)] for n in counts),
+        lambda: _cache(threads, caches),
         lambda: _arithmetic(threads),
         lambda: _waiting(threads),
     ]
@@ -202,7 +208,7 @@ def probe_host(
     figures.insert(0, both)
     return HostProbe(
         tuple(figures), tuple(judge(figures, before.value, after.value, others)), tuple(remarks),
-        threads, started, time.perf_counter() - clock, state,
+        threads, started, time.perf_counter() - clock, state, caches,
     )  # fmt: skip
 
 
@@ -234,6 +240,25 @@ def _memory(threads: int, size: int, longer: bool) -> Figure:
         speeds = read_bandwidth(team, size, count)
     note = f"{_threads(threads)}; each sample reads {size / 1e9:.2f} GB"
     return Figure(f"bandwidth.by_threads.{threads}", speeds, note)
+
+
+def cache_speeds(threads: int) -> tuple[float, ...]:
+    """Bytes/s that all threads read of an array that stays in the last cache."""
+    import contextlib
+
+    from refimpl.engine.probe import read_bandwidth
+    from refimpl.engine.threads import Team
+
+    with contextlib.closing(Team(threads)) as team:
+        return read_bandwidth(team, CACHE_BYTES, _CACHE_REPETITIONS)
+
+
+def _cache(threads: int, caches: int) -> list[Figure]:
+    """Nothing where no cache is known that holds the array and more."""
+    if caches < 2 * CACHE_BYTES:
+        return []
+    note = f"{_threads(threads)}; each sample reads {CACHE_BYTES / 1e6:.1f} MB that stay in cache"
+    return [Figure("bandwidth.cache_bytes_per_s", cache_speeds(threads), note, judged=False)]
 
 
 def _threads(count: int) -> str:

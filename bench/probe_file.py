@@ -23,6 +23,12 @@ def device_table(found: HostProbe) -> dict[str, Any]:
     day = time.strftime("%Y-%m-%d", time.gmtime(found.started))
     for section in ("bandwidth", "flop", "disk"):
         table.pop(section, None)
+    if found.cache_bytes:
+        note = "all last-level caches together"
+        table["cpu"]["cache_bytes"] = {
+            "value": float(found.cache_bytes), "source": "operating system", "as_of": day,
+            "note": note,
+        }  # fmt: skip
     table["sources"] = {SOURCE: f"measured by bench probe, {build()}"}
     table["notes"] = notes(found, day)
     for f in found.figures:

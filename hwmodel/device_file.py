@@ -28,14 +28,14 @@ DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "fp4", "int4")
 # section -> the quantities it may hold
 QUANTITIES: dict[str, tuple[str, ...]] = {
     "memory": ("total_bytes", "reserve_bytes", "usable_bytes", "raised_usable_bytes"),
-    "bandwidth": ("peak_bytes_per_s", "measured_bytes_per_s"),
+    "bandwidth": ("peak_bytes_per_s", "measured_bytes_per_s", "cache_bytes_per_s"),
     "flop": tuple(f"{m}{d}_per_s" for m in ("", "measured_") for d in DTYPES),
     "overhead": ("launch_s", "barrier_s"),
     "links": ("host_bytes_per_s", "device_bytes_per_s", "network_bytes_per_s"),
     "disk": tuple(f"{w}{r}read_bytes_per_s" for w in ("", "warm_") for r in ("", "random_")),
     "price": ("buy_usd", "rent_usd_per_h"),
     "power": ("limit_w",),
-    "cpu": ("threads", "cores"),
+    "cpu": ("threads", "cores", "cache_bytes"),
 }
 TEXTS: dict[str, tuple[str, ...]] = {
     "memory": ("raise_how",),
@@ -44,6 +44,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
 _TOP = {"schema", "name", "title", "class", "unified", "max_per_host", "api", "notes", "sources"}
 BY_THREADS = "by_threads"
 PEAK, MEASURED = "bandwidth.peak_bytes_per_s", "bandwidth.measured_bytes_per_s"
+# of the processor's last cache: read speed of what lies in it, and its size
+CACHE_SPEED, CACHE_SIZE = "bandwidth.cache_bytes_per_s", "cpu.cache_bytes"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hwmodel.effects import context_of
 from hwmodel.fit import Fit, nearest_run, part_seconds, seconds, spread
 from hwmodel.parts import Part
 from hwmodel.placement import machine
-from hwmodel.probed import fit_for
+from hwmodel.probed import cache_note, fit_for, in_cache
 from hwmodel.run import Estimate, Quantity, RunConfig, Status, Term
 from hwmodel.speculative import tokens_per_step
 from hwmodel.timing import decode_parts, prefill_parts
@@ -45,6 +45,7 @@ def predict(
     reason, where no device or no size of the weights is known; it never raises for a run.
     """
     try:
+        run = in_cache(run)
         fit = fit_for(run) if fit is None else fit
         parts, amount = step_parts(run, quantity)
     except RefimplError as error:
@@ -64,7 +65,7 @@ def predict(
         low=low,
         high=high,
         roofline=roof if quantity == "ttft_s" else amount / roof,
-        limiting=_limiting(parts, fit),
+        limiting=_limiting(parts, fit, run),
         terms=_terms(parts, fit),
         status=status,
         reason=reason,
@@ -134,17 +135,19 @@ def physical_limit(run: RunConfig, quantity: Quantity) -> float:
     Raises:
         InputError: no device with a known bandwidth.
     """
+    run = in_cache(run)
     work = dataclasses.replace(run.workload, concurrency=1, drafts=0)
     parts, amount = step_parts(dataclasses.replace(run, workload=work), quantity)
     most = 1 + run.workload.drafts if quantity == "decode_tok_s" else 1
     return most * amount / _roofline(parts)
 
 
-def _limiting(parts: Sequence[Part], fit: Fit) -> str:
+def _limiting(parts: Sequence[Part], fit: Fit, run: RunConfig) -> str:
     busy: dict[str, float] = {}
     for p in parts:
         busy[p.resource] = busy.get(p.resource, 0.0) + part_seconds(p, fit)
-    return max(busy, key=lambda r: busy[r])
+    most = max(busy, key=lambda r: busy[r])
+    return "cache bandwidth" if most == "memory bandwidth" and cache_note(run) else most
 
 
 def _terms(parts: Sequence[Part], fit: Fit) -> tuple[Term, ...]:
@@ -202,6 +205,7 @@ def _provenance(run: RunConfig, fit: Fit) -> tuple[str, ...]:
     found = [f"sizes: {run.model.source}"] if run.model.source else []
     if run.weights_bytes:
         found.append("weight bytes: stated with the run")
+    found += filter(None, [cache_note(run)])
     found.append(
         f"efficiencies: fit to {len(fit.runs)} measured figures, {fit.as_of}"
         if fit.runs

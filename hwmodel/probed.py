@@ -11,6 +11,10 @@ twice. For such devices an engine's effects come from a host that was probed and
   that device was in the fit.
 
 An engine that neither has is predicted with the published fit, and the estimate says so.
+
+A model that stays in the processor's last cache does not stream from memory: where the probe has
+measured how fast that cache is read, such a run is one of a second device, `NAME-cache`, with
+effects of its own (`reports/loop` measured the embedded model so).
 """
 
 from __future__ import annotations
@@ -28,9 +32,13 @@ from refimpl.errors import InputError
 
 if TYPE_CHECKING:
     from hwmodel.devices import Device
+    from hwmodel.memory import Ledger
+    from hwmodel.quantity import Quantity
 
 SCHEMA = 1
 NAME = "local"  # what the devices of the files are called
+CACHE = "-cache"  # and what ends the name of their last cache
+RESIDENT = 0.9  # of the cache: what a model and its KV cache may fill to stay there
 _MEDIAN = 0.6745  # of |x| for a normal x of spread 1
 
 
@@ -57,16 +65,82 @@ def fit_for(run: RunConfig) -> Fit:
     if not probed or not all(d.peak_is_unknown for d in probed):
         return load_fit()
     device, engine = probed[0], run.engine.engine.name
-    own = own_path(device)
+    own, name = own_path(device), device.name
+    if _is_cache(device):
+        name = name.removesuffix(CACHE)
     for path in (own, shipped_path()):
         if path is not None and path.is_file():
-            found = _fit(path, path.stat().st_mtime_ns, engine, device.name, path == own)
+            found = _fit(path, path.stat().st_mtime_ns, engine, name, path == own)
             if found is not None:
                 return found
     return dataclasses.replace(
         load_fit(), borrowed=f"no run of {engine} on a probed device: a measured speed is taken "
         "for a datasheet's peak"
     )  # fmt: skip
+
+
+def in_cache(run: RunConfig) -> RunConfig:
+    """The run on the cache of its probed device where all that it reads stays there, else the run.
+
+    Weights (MTP layers if it drafts) and the KV cache at its depth count, on one device that
+    states what its last cache holds and how fast it is read.
+    """
+    from hwmodel.device_file import CACHE_SIZE, CACHE_SPEED
+    from hwmodel.devices import Device
+    from hwmodel.memory import ledger
+    from hwmodel.run import DeviceCount
+
+    device = run.devices[0].device if run.device_count == 1 else None
+    if not isinstance(device, Device) or not device.peak_is_unknown or _is_cache(device):
+        return run
+    size, speed = device.get(CACHE_SIZE), device.get(CACHE_SPEED)
+    if size is None or speed is None:
+        return run
+    m = ledger(run, max(1, (run.workload.depth or 0) + run.workload.prompt_tokens))
+    if m.host_bytes or m.disk_bytes or _read_bytes(m) > RESIDENT * size.value:
+        return run
+    return dataclasses.replace(run, devices=(DeviceCount(cache_device(device, speed)),))
+
+
+def cache_device(device: Device, speed: Quantity) -> Device:
+    """A host with the bandwidth of its last cache, for models that stay in it.
+
+    Args:
+        speed: bytes/s that are read of an array that lies there.
+    """
+    from hwmodel.device_file import CACHE_SPEED, MEASURED, PEAK
+
+    quantities = {k: q for k, q in device.quantities.items() if k != PEAK}
+    quantities |= {MEASURED: speed, CACHE_SPEED: speed}
+    return dataclasses.replace(device, name=device.name + CACHE, quantities=quantities)
+
+
+def cache_note(run: RunConfig) -> str:
+    """What a run on a cache reads, and how fast; empty for other runs."""
+    from hwmodel.device_file import CACHE_SIZE
+    from hwmodel.devices import Device
+    from hwmodel.memory import ledger
+
+    device = run.devices[0].device if run.devices else None
+    if not isinstance(device, Device) or not _is_cache(device):
+        return ""
+    m, size = ledger(run, max(1, run.workload.depth or 0)), device.get(CACHE_SIZE)
+    of = "" if size is None else f" of {size.value / 1e6:.0f}"
+    return (
+        f"the model stays in the processor's last cache ({_read_bytes(m) / 1e6:.0f}{of} MB), which "
+        f"is read at {device.bandwidth_bytes_per_s / 1e9:.0f} GB/s"
+    )
+
+
+def _read_bytes(m: Ledger) -> float:
+    return m.weights_bytes + m.kv_bytes + m.mtp_bytes
+
+
+def _is_cache(device: Device) -> bool:
+    from hwmodel.device_file import CACHE_SPEED, MEASURED
+
+    speed = device.get(CACHE_SPEED)
+    return speed is not None and speed == device.get(MEASURED) and device.name.endswith(CACHE)
 
 
 @lru_cache(maxsize=16)
@@ -109,12 +183,12 @@ def as_file(fits: Mapping[str, Fit], host: str, as_of: str) -> dict[str, Any]:
 
 
 def renamed(fit: Fit, device: str) -> Fit:
-    """A fit whose effects of the device `local` are those of another name."""
-    ending = f"/device={NAME}"
-    effects = {
-        k.removesuffix(NAME) + device if k.endswith(ending) else k: v
-        for k, v in fit.effects.items()
-    }
+    """A fit whose effects of the device `local`, and of its cache, are those of another name."""
+    endings = {f"/device={NAME}{x}": f"/device={device}{x}" for x in ("", CACHE)}
+    effects = {}
+    for name, effect in fit.effects.items():
+        head, slash, tail = name.rpartition("/")
+        effects[head + endings.get(slash + tail, slash + tail)] = effect
     errors = {
         q: {**e, "by_device": {device: {"leave_sweep_out": e["leave_sweep_out"]}}}
         if "leave_sweep_out" in e
