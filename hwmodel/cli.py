@@ -48,10 +48,9 @@ def main() -> None:
 )
 @click.option(
     "--context",
-    default="32768",
     metavar="N",
-    show_default=True,
-    help="Tokens that one sequence may hold, such as 8192 or 128K.",
+    help="Tokens that one sequence may hold, such as 8192 or 128K. [default: 32768, or all that "
+    "the model has]",
 )
 @click.option(
     "--min-decode",

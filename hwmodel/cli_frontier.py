@@ -22,7 +22,7 @@ _RACK_ALONE, _BUYING_ALONE = ("most", "engine", "rent"), ("budget", "ram")
 @click.option("--rack", metavar="NAME", help="Many users on up to --most of this device instead.")
 @click.option("--most", type=int, metavar="N", help="At most N devices (--rack). [default: 64]")
 @click.option("--budget", type=float, metavar="USD", help="Machines that cost no more.")
-@click.option("--context", default="32768", show_default=True, metavar="N", help="Tokens to hold.")
+@click.option("--context", metavar="N", help="Tokens to hold. [default: 32768, or the model's all]")
 @click.option("--quant", metavar="TYPE", help="Only this type.")
 @click.option("--engine", metavar="NAME", help="Only this engine (--rack).")
 @click.option("--ram", type=float, metavar="GB", help="Host memory for experts beside cards.")
@@ -31,7 +31,7 @@ _RACK_ALONE, _BUYING_ALONE = ("most", "engine", "rent"), ("budget", "ram")
 @click.option("--plot", metavar="FILE", help="Draw it into a .png or .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def frontier(
-    devices: tuple[str, ...], rack: str | None, model: str, context: str, plot: str | None,
+    devices: tuple[str, ...], rack: str | None, model: str, context: str | None, plot: str | None,
     as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Machines that none beats in price, speed and quality; or a rack's speed against its cost.

@@ -40,14 +40,15 @@ def _options(*groups: tuple[Callable[[_F], _F], ...]) -> Callable[[_F], _F]:
 
 @click.command()
 @_options(_MACHINE)
-@click.option("--depth", default="8192", metavar="N", show_default=True, help="Tokens of context.")
+@click.option("--depth", metavar="N",
+              help="Tokens of context. [default: 8192, or all that the model has]")  # fmt: skip
 @click.option(
     "--concurrency", type=int, default=1, show_default=True, metavar="N",
     help="Sequences decoded together.",
 )  # fmt: skip
 @_options(_TERMS)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-def cost(depth: str, as_json: bool, **given: Any) -> None:
+def cost(depth: str | None, as_json: bool, **given: Any) -> None:
     """What a million tokens, a working day and a token's energy cost: bought, rented, electricity.
 
     \b
@@ -68,7 +69,7 @@ def cost(depth: str, as_json: bool, **given: Any) -> None:
         click.echo(cost_text(sheet))
 
 
-def _machine(context: str | int, given: dict[str, Any]) -> tuple[Any, int, int]:
+def _machine(context: str | int | None, given: dict[str, Any]) -> tuple[Any, int, int]:
     """The plan's configuration, the context and the plan's number of drafts."""
     from hwmodel.catalogue import find_model
     from hwmodel.cli_support import note
@@ -78,7 +79,9 @@ def _machine(context: str | int, given: dict[str, Any]) -> tuple[Any, int, int]:
 
     model = find_model(given.pop("model"))
     job = given.pop("job", None)
-    if job is not None and int(context) > model.max_context:
+    if context is None:
+        context = min(8192, model.max_context)
+    elif job is not None and int(context) > model.max_context:
         raise RequestError(
             f"{job}: its longest context is {int(context):,} tokens; {model.title} holds "
             f"{model.max_context:,}"

@@ -22,7 +22,8 @@ def _plan(device: str, model: str, ram: float | None, given: dict[str, Any]) -> 
 @click.option("--count", type=int, metavar="N", help="N devices. [default: as few as serve]")
 @click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
-@click.option("--context", default="32768", show_default=True, metavar="N", help="Deepest decode.")
+@click.option("--context", metavar="N",
+              help="Deepest decode. [default: 32768, or the model's all]")  # fmt: skip
 @click.option("--model", default="step-3.5-flash", metavar="NAME|FILE", help="Another model.")
 @click.option("--plot", metavar="FILE", help="Draw it into a .png or .svg file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -100,7 +101,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
 @click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--ram", type=float, metavar="GB", help="Let experts live in host memory.")
-@click.option("--context", default="32768", show_default=True, metavar="N", help="Tokens to hold.")
+@click.option("--context", metavar="N", help="Tokens to hold. [default: 32768, or the model's all]")
 @click.option("--model", default="step-3.5-flash", metavar="NAME|FILE", help="Another model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the names of the files as JSON.")
 def plot(
@@ -133,7 +134,12 @@ def plot(
     written = []
     if kind == "all":
         for name, draw in PICTURES.items():
-            written += save(draw(plans), Path(out), name)
+            try:
+                figure = draw(plans)
+            except RequestError as error:  # such as drafts of a model that has none
+                note(f"no {name}: {error}")
+            else:
+                written += save(figure, Path(out), name)
     else:
         written.append(Path(out))
         save_one(PICTURES[kind](plans), written[0])

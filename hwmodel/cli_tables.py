@@ -8,6 +8,7 @@ import click
 
 from hwmodel.cli_support import print_json, table
 
+SWEEP_DEPTHS = (0, 2048, 8192, 32768, 131072)
 _MODEL = click.option(
     "--model", default="step-3.5-flash", metavar="NAME|FILE", help="Another model."
 )
@@ -15,7 +16,7 @@ _MODEL = click.option(
 
 @click.command()
 @click.argument("devices", nargs=-1, required=True, metavar="DEVICE...")
-@click.option("--context", default="32768", metavar="N", show_default=True, help="Tokens to hold.")
+@click.option("--context", metavar="N", help="Tokens to hold. [default: 32768, or the model's all]")
 @click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
 @click.option("--count", type=int, metavar="N", help="N of each device.")
@@ -102,10 +103,9 @@ def _numbers(text: str, option: str, model: Any) -> list[int]:
 @click.option("--count", type=int, metavar="N", help="N of each device.")
 @click.option(
     "--depths",
-    default="0,2048,8192,32768,131072",
     metavar="N,N,...",
-    show_default=True,
-    help="Tokens in the cache; prefill is given for prompts of these lengths.",
+    help="Tokens in the cache; prefill is given for prompts of these lengths. [default: 0, 2K, "
+    "8K, 32K, 128K as far as the model goes]",
 )
 @click.option(
     "--drafts", default="0", metavar="N,N,...", show_default=True, help="Drafts per step."
@@ -121,8 +121,8 @@ def _numbers(text: str, option: str, model: Any) -> list[int]:
 @_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of CSV.")
 def sweep(
-    devices: tuple[str, ...], quants: tuple[str, ...], depths: str, drafts: str, model: str,
-    as_json: bool, **given: Any,
+    devices: tuple[str, ...], quants: tuple[str, ...], depths: str | None, drafts: str,
+    model: str, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Memory and speed over depths, quant types and devices, as tidy CSV on stdout.
 
@@ -136,7 +136,9 @@ def sweep(
     from hwmodel.tables import SWEEP_COLUMNS, sweep_rows
 
     shape = find_model(model)
-    where = _numbers(depths, "--depths", shape)
+    where = [n for n in SWEEP_DEPTHS if n <= shape.max_context]
+    if depths is not None:
+        where = _numbers(depths, "--depths", shape)
     words = [d.strip() for d in drafts.split(",")]
     if not all(w in ("0", "1", "2", "3") for w in words):
         raise RequestError(f"--drafts is {drafts!r}, expected numbers from 0 to 3 such as 0,1,2")
@@ -166,10 +168,9 @@ def _cell(value: Any) -> str:
 @click.option("--device", required=True, metavar="NAME|FILE", help="See 'hwmodel devices list'.")
 @click.option(
     "--depth",
-    default="8192",
     metavar="N",
-    show_default=True,
-    help="Tokens in the cache (decode, memory) or in the prompt (prefill, ttft).",
+    help="Tokens in the cache (decode, memory) or in the prompt (prefill, ttft). [default: 8192, "
+    "or all that the model has]",
 )
 @click.option("--quant", metavar="TYPE|FILE", help="Only this type, or a checkpoint's sizes.")
 @click.option("--engine", metavar="NAME", help="Only this engine.")
@@ -194,7 +195,7 @@ def _cell(value: Any) -> str:
 @_MODEL
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def explain(
-    figure: Any, device: str, depth: str, ram: float | None, drafts: int, model: str,
+    figure: Any, device: str, depth: str | None, ram: float | None, drafts: int, model: str,
     as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Take a figure apart: its terms, the counts behind them, the sources of every number.
@@ -212,7 +213,9 @@ def explain(
     from hwmodel.search import choose, closest
 
     shape = find_model(model)
-    tokens = _numbers(depth, "--depth", shape)[0]
+    tokens = min(8192, shape.max_context)
+    if depth is not None:
+        tokens = _numbers(depth, "--depth", shape)[0]
     request = make_request(device, shape, context=max(1, tokens), ram_gb=ram, **given)
     candidate = choose(request) or closest(request)
     if candidate is None:

@@ -73,7 +73,7 @@ def pareto(items: Sequence[T], better: Sequence[Callable[[T], float]]) -> list[T
 def buying(
     devices: Sequence[str],
     model: ModelShape,
-    context: str | int,
+    context: str | int | None,
     budget_usd: float | None = None,
     quant: str | None = None,
     ram_gb: float | None = None,
@@ -201,7 +201,7 @@ class Rack:
 def rack(
     device: str,
     model: ModelShape,
-    context: str | int,
+    context: str | int | None,
     engine: str | None = None,
     quant: str | None = None,
     most: int = 64,

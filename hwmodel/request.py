@@ -105,7 +105,7 @@ def backend_of(engine: Engine, device: Device) -> str:
 def make_request(
     device: str,
     model: ModelShape,
-    context: str | int = DEFAULT_CONTEXT,
+    context: str | int | None = None,
     concurrency: int = 1,
     quant: str | None = None,
     engine: str | None = None,
@@ -117,7 +117,8 @@ def make_request(
     min_decode: float | None = None,
     max_price: float | None = None,
 ) -> PlanRequest:
-    """A request from the texts and numbers that a user typed.
+    """A request from the texts and numbers that a user typed; without `context` the usual one, or
+    all that the model has.
 
     Raises:
         UnknownNameError: no such device, engine or quant type.
@@ -151,7 +152,9 @@ def make_request(
     return PlanRequest(
         device=found,
         model=model,
-        context=parse_context(context, model),
+        context=min(DEFAULT_CONTEXT, model.max_context)
+        if context is None
+        else parse_context(context, model),
         concurrency=concurrency,
         quant=kind,
         weights=weights,

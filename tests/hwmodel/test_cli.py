@@ -189,3 +189,16 @@ def test_a_plan_imports_nothing_heavy() -> None:
             [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
         )
         assert done.stderr.strip() == "heavy: []"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan --device", "cost --device", "sweep --device", "explain decode --device", "compare",
+        "roofline --device", "frontier --device",
+    ],
+)  # fmt: skip
+def test_a_model_of_short_context_needs_no_option(command: str) -> None:
+    """What is asked by default ends where the model does: 4,096 tokens here."""
+    result = run(*command.split(), "m4max", "--model", "llama-2-7b")
+    assert result.exit_code == 0, result.output

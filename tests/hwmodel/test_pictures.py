@@ -78,6 +78,13 @@ def test_files_are_written_and_bad_names_refused(tmp_path: Path) -> None:
     assert len(list((tmp_path / "all").glob("*.png"))) == len(PICTURES)
 
 
+def test_all_pictures_leave_out_what_a_model_has_not(tmp_path: Path) -> None:
+    args = ["plot", "all", "--device", "m4max", "--model", "llama-2-7b", "--out", str(tmp_path)]
+    run = CliRunner().invoke(main, args)
+    assert run.exit_code == 0 and "no mtp: none of these machines drafts" in run.output
+    assert {p.stem for p in tmp_path.glob("*.png")} == set(PICTURES) - {"mtp"}
+
+
 def test_the_roofline_command_prints_its_phases(tmp_path: Path) -> None:
     out = tmp_path / "roof.png"
     run = CliRunner().invoke(main, ["roofline", "--device", "m4max", "--plot", str(out)])
