@@ -26,7 +26,7 @@ LEVEL_SPREAD: dict[str, float] = {
     "all": 0.15, "class": 0.15, "group": 0.15, "family": 0.10, "class+group": 0.12,
     "engine": 0.08, "device": 0.08, "quant": 0.12, "class+quant": 0.08, "age": 0.05,
     "early": 0.20, "depth": 0.20, "type": 0.08, "width": 0.20, "parallel": 0.20, "kind": 0.25,
-    "tokens": 0.10, "speed": 0.10,
+    "tokens": 0.10, "speed": 0.10, "dies": 0.25,
 }  # fmt: skip
 
 

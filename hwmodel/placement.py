@@ -32,7 +32,8 @@ class Machine:
 
     `bandwidth_bytes_per_s` is the rate at which one token's weights can be read at the
     datasheet's peak: the sum over devices that work at once, the harmonic mean over devices that
-    work in turn. `parallel` devices split every matrix; `stages` devices work in turn.
+    work in turn. `parallel` devices split every matrix; `stages` devices work in turn;
+    each is one chip of `dies` dies.
     """
 
     device_class: str
@@ -42,6 +43,7 @@ class Machine:
     flop_per_s: Mapping[str, float]
     parallel: int
     stages: int
+    dies: int
     link_kind: str
     link_bytes_per_s: float
     host_bandwidth_bytes_per_s: float
@@ -51,7 +53,11 @@ class Machine:
 
     def flop(self, dtype: str) -> float:
         """Dense peak for a type, or the next wider type that the device has."""
-        order = {"fp8": ("fp8", "fp16", "bf16", "fp32"), "fp16": ("fp16", "bf16", "fp32")}
+        order = {
+            "fp4": ("fp4", "fp8", "fp16", "bf16", "fp32"),
+            "fp8": ("fp8", "fp16", "bf16", "fp32"),
+            "fp16": ("fp16", "bf16", "fp32"),
+        }
         for name in order.get(dtype, ("fp16", "bf16", "fp32")):
             found = self.flop_per_s.get(name)
             if found:
@@ -106,6 +112,7 @@ def machine(run: RunConfig) -> Machine:
         flop_per_s=flop,
         parallel=n if at_once else 1,
         stages=1 if at_once else n,
+        dies=dies(first),
         link_kind=p.link_kind or _link_kind(first),
         link_bytes_per_s=p.link_bytes_per_s or first.link_bytes_per_s or DEFAULT_LINK_BYTES_PER_S,
         host_bandwidth_bytes_per_s=host,
@@ -123,6 +130,11 @@ def sockets(device: DeviceLike) -> int:
     """
     tail = device.name.rsplit("-", 1)[-1]
     return int(tail[:-1]) if tail[:-1].isdigit() and tail.endswith("s") else 1
+
+
+def dies(device: DeviceLike) -> int:
+    """Dies of a chip that programs see as one GPU: two in Apple's Ultra, which joins two Max."""
+    return 2 if device.device_class == "apple" and "ultra" in device.name else 1
 
 
 def attention_width(run: RunConfig) -> int:

@@ -82,6 +82,9 @@ def bits_per_weight(storage: str) -> float:
     return 8.0 * stored / size
 
 
+UNPACKED = ("F32", "F16", "BF16")  # storage types that are numbers, not blocks
+
+
 @dataclass(frozen=True)
 class Quant:
     """A named quantisation.

@@ -14,6 +14,7 @@ import math
 from dataclasses import replace
 
 from hwmodel import placement as place
+from hwmodel.arithmetic import products
 from hwmodel.effects import Context, Features, age_effects, context_of
 from hwmodel.links import LINK_PRIOR, link_parts
 from hwmodel.memory import kv_value_bytes, stated_scale
@@ -24,25 +25,27 @@ from hwmodel.placement import Machine
 from hwmodel.quant import bits_per_weight
 from hwmodel.run import RunConfig
 
-# Share of peak bandwidth that large matrices reach, by device class (published runs, rounded).
+# Share of peak bandwidth that large matrices reach, by device class (published runs, rounded;
+# AMD's: Qwen3-32B in FP8 at 57 tokens/s on one MI308X, github.com/ROCm/aiter/pull/3653).
 BANDWIDTH_PRIOR = {
     "apple": 0.80, "nvidia-datacenter": 0.75, "nvidia-consumer": 0.88, "nvidia-unified": 0.85,
-    "amd-instinct": 0.60, "amd-apu": 0.80, "amd-consumer": 0.70, "intel": 0.65, "cpu": 0.50,
+    "amd-instinct": 0.45, "amd-apu": 0.80, "amd-consumer": 0.70, "intel": 0.65, "cpu": 0.50,
 }  # fmt: skip
 # Seconds per layer beyond the matrices: launches, normalisation, routing.
 OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
 MOE_OVERHEAD = 50e-6
 # Launches of one row that no plain layer has, each beside the matrices' own: hyper-connections
 # (norm, mix, split, collapse and expand around two sublayers; github.com/antirez/ds4/pull/1042),
-# pooling of keys (projection, position, store, norm, rotation) and an indexer (queries, rotation,
-# transform, weights, scores, selection). A queued launch takes about 10 us on Apple's GPUs
-# (github.com/antirez/ds4/pull/846); elsewhere half, what OVERHEAD_PRIOR is per launch.
-RESIDUAL_LAUNCHES, POOL_LAUNCHES, INDEX_LAUNCHES = 10, 5, 6
-LAUNCH_S = {"apple": 10e-6}
-COMPUTE_PRIOR = 0.40  # of the dense peak, large prompts
+# pooling of keys (projection, position, store, norm, rotation), an indexer (queries, rotation,
+# transform, weights, scores, selection), gates on heads (product, sigmoid, scaling). A queued
+# launch takes about 10 us on Apple's GPUs (github.com/antirez/ds4/pull/846); elsewhere half, what
+# OVERHEAD_PRIOR is per launch; a processor calls a function.
+RESIDUAL_LAUNCHES, POOL_LAUNCHES, INDEX_LAUNCHES, GATE_LAUNCHES = 10, 5, 6, 3
+LAUNCH_S = {"apple": 10e-6, "cpu": 0.0}
 SCORES_PRIOR = 0.30  # the same for scores of attention
 QUERY_PRIOR = 0.55  # of the bandwidth, queries that an indexer reads again (as KV reads)
-BATCH_COMPUTE_PRIOR = 0.20  # the same for a few rows per step
+BATCH_SHARE = 0.5  # of what large prompts reach, a few rows per step
+UNPACKED_BYTES = 4.0  # per weight: 16 bits written and read again
 HOST_PRIOR = 0.58  # of host memory's peak bandwidth, experts computed by the processor
 HOST_LAYERS_PRIOR = 0.67  # the same for whole layers, read in order
 PACK_PRIOR = 0.40  # the same for packing experts that are sent over a link
@@ -205,6 +208,8 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
     base += extra_launches(run.model) * LAUNCH_S.get(c.device_class, 5e-6)
     width = math.log2(run.model.hidden_size / 4096)
     effects += (("overhead/width", width),)
+    if m.dies > 1:  # a launch starts on both and waits for both
+        effects += ((f"overhead/dies={c.device_class}", 1.0),)
     effects += tuple((f"overhead/kind={k}", 1.0) for k in run.model.kinds if k != "gqa")
     if m.parallel > 1:
         effects += ((f"overhead/parallel={c.group}", 1.0),)
@@ -226,12 +231,9 @@ def extra_launches(model: ModelShape) -> int:
     for g in model.attention:
         found += INDEX_LAUNCHES * g.layers if g.indexer else 0
         found += POOL_LAUNCHES * g.layers if g.compress > 1 and not g.indexer else 0
+    if model.kinds == ("gqa",) and not any(g.indexer for g in model.attention):
+        found += GATE_LAUNCHES * sum(t.kind == "attn_other" and not t.mtp for t in model.tensors)
     return found
-
-
-def peak_flop(run: RunConfig, m: Machine) -> float:
-    """Dense peak of all devices that compute at once, for the run's weights."""
-    return m.flop(run.quant.compute_type)
 
 
 def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int) -> list[Part]:
@@ -244,7 +246,8 @@ def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows:
     if rows <= 1:
         return []
     flop = counts.flop * (rows - 1) / rows
-    arithmetic = flop / peak_flop(run, m) / BATCH_COMPUTE_PRIOR
+    how = products(run, m)
+    arithmetic = flop / how.peak / (BATCH_SHARE * how.share)
     reads = sum(counts.weight_bytes.values()) * stated_scale(run) / m.bandwidth_bytes_per_s
     effects = c.features("rows", "class", "class+group")
     base = arithmetic**2 / (arithmetic + reads) if c.group == "server" else arithmetic
@@ -277,7 +280,8 @@ def prefill_parts(run: RunConfig) -> list[Part]:
     chunks = math.ceil(prompt / chunk)
     unfold = run.engine.engine.latent_prompts == "heads"
     counts = step_counts(run.model, run.quant, depth, prompt, logit_rows=chunks, unfold=unfold)
-    speedup = machine.pipeline(chunks)
+    whole = run.placement.host_expert_share == run.placement.host_layer_share == 0
+    speedup = machine.pipeline(chunks) if whole else 1.0  # else one at a time (llama-context.cpp)
     parts = _compute_parts(run, machine, c, counts, min(chunk, prompt), speedup)
     per_chunk = step_counts(run.model, run.quant, depth, min(chunk, prompt), logit_rows=1)
     parts += _stream_parts(run, machine, c, per_chunk, chunks / speedup)
@@ -298,7 +302,8 @@ def _compute_parts(
     adds = dict(counts.multiply_adds)
     scores, routed = adds.pop("scores", 0.0), adds.pop("routed", 0.0)
     dense = sum(adds.values())
-    peak = peak_flop(run, m) * speedup
+    how = products(run, m)
+    peak, share = how.peak * speedup, how.share
     best = m.best_flop(bits_per_weight(run.quant.default))
     levels = ("class", "device", "class+group", "engine", "quant", "class+quant")
     effects = c.features("compute", *levels)
@@ -307,14 +312,14 @@ def _compute_parts(
     if dense > 0:
         t = 2 * dense / peak
         limit = 2 * dense / best
-        parts.append(Part("matrices", "compute", t / COMPUTE_PRIOR, effects, limit, flop=2 * dense))
+        parts.append(Part("matrices", "compute", t / share, effects, limit, flop=2 * dense))
     if routed > 0:
         t = 2 * routed / peak
         each = math.log2(max(0.25, chunk * run.model.top_k / run.model.experts) / 64)
         extra = c.features("expert compute", "class", "class+group", "quant")
         extra += (("expert compute/tokens", each),)
         extra += ((f"expert compute/tokens={c.device_class}", each),)
-        base, limit = t / COMPUTE_PRIOR / 0.6, 2 * routed / best
+        base, limit = t / share / 0.6, 2 * routed / best
         parts.append(
             Part("routed experts", "compute", base, effects + extra, limit, flop=2 * routed)
         )
@@ -351,6 +356,13 @@ def _stream_parts(
     t = (total - host - disk) / m.bandwidth_bytes_per_s
     parts = [Part("weight reads", "memory bandwidth", t / 0.7, c.features("stream", "class"), t,
                   total - host - disk)]  # fmt: skip
+    if products(run, m).unpacked:
+        written = (
+            UNPACKED_BYTES * run.model.parameters * times * (1 - run.placement.host_layer_share)
+        )
+        t = written / m.bandwidth_bytes_per_s
+        effects = c.features("unpack")
+        parts.append(Part("unpacked weights", "memory bandwidth", t / 0.7, effects, t, written))
     if host > 0:
         parts += _host_prompt_parts(run, m, c, chunk, host, times)
     if disk > 0:
@@ -365,18 +377,23 @@ def _host_prompt_parts(
     """Experts in host memory: sent to the device once per chunk, or computed by the host.
 
     Sending is read-and-pack by the processor, then the link: one after the other (published tables
-    for 1 to 8 cards on one host fit the sum, not the slower of the two). Few prompt tokens are
-    cheaper to compute where the experts lie.
+    for 1 to 8 cards on one host fit the sum, not the slower of the two). llama.cpp keeps them in
+    page-locked memory, from where the link fetches them as they are. Few prompt tokens are cheaper
+    to compute where the experts lie.
     """
     share = run.placement.host_expert_share
     link, pack = host / m.host_link_bytes_per_s, host / m.host_bandwidth_bytes_per_s
     flop = 2 * chunk.multiply_adds.get("routed", 0.0) * times * share
     computed = flop / m.host_flop_per_s + pack / HOST_PRIOR
-    if computed < link / LINK_PRIOR + pack / PACK_PRIOR:
+    direct = c.family == "llama.cpp"
+    if computed < link / LINK_PRIOR + (0 if direct else pack / PACK_PRIOR):
         effects = c.features("host compute", "family")
         return [Part("host experts", "host memory", computed, effects, pack, host, flop)]
     sent, packed = c.features("host stream", "family"), c.features("host pack", "family")
+    parts = [Part("host link", "links", link / LINK_PRIOR, sent, link, host)]
+    if direct:
+        return parts
     return [
-        Part("host link", "links", link / LINK_PRIOR, sent, link, host),
+        *parts,
         Part("host memory", "host memory", pack / PACK_PRIOR, packed, pack, host),
     ]

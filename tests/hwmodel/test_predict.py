@@ -194,7 +194,7 @@ def test_effects_never_name_a_run_a_sweep_or_a_model() -> None:
     assert levels <= {
         "all", "class", "group", "family", "class+group", "engine", "device", "quant",
         "class+quant", "age", "early", "depth", "type", "width", "parallel", "kind", "tokens",
-        "speed",
+        "speed", "dies",
     }  # fmt: skip
     kinds = {n for n in load_fit().effects if "/kind=" in n}
     assert {k.rpartition("=")[2] for k in kinds} <= {
