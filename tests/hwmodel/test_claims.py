@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from hwmodel.claims import finding
 from hwmodel.claims.check import check_claims, claims_markdown
 from hwmodel.claims.finding import CONTRADICTED, HOLDS, NOT_TESTABLE, load_claims
+from hwmodel.claims.price import CARD, CLOSE, OTHER_CARDS
 from hwmodel.cli import main
 from hwmodel.model import step_shape
 from hwmodel.quant import load_quant, weight_bytes
@@ -105,10 +106,27 @@ def test_what_depends_on_a_date_says_so() -> None:
     assert _json()["C28"]["rests_on"] == []  # a count rests on no date
 
 
-def test_rivals_are_computed_on_every_card_that_the_vendor_may_have_meant() -> None:
-    values = _json()["C30"]["values"]
-    cards = [values[f"deepseek-v3.2_{card}"] for card in ("h100", "h800", "h200", "h20")]
-    assert min(cards) < 6.0 < max(cards)
+RIVALS = {
+    "C30": ("deepseek-v3.2",),
+    "C31": ("kimi-k2",),
+    "C32": ("GLM-4.7",),
+    "C33": ("minimax-m2", "mimo-v2-flash"),
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_verdict_on_a_rival_follows_from_one_card_fixed_for_all(name: str) -> None:
+    """Other cards are a note: no choice among them makes a claim hold."""
+    claim = _json()[name]
+    factors = []
+    for title in RIVALS[name]:
+        stated, found = (claim["values"][f"{title}_{k}"] for k in ("stated", CARD))
+        factors.append(max(found / stated, stated / found))
+        assert f"{found:.1f} on {CARD}" in claim["computed"]
+        assert all(f"on {card}" in claim["why"] for card in OTHER_CARDS)
+    assert (claim["verdict"] == "contradicted") == (max(factors) > CLOSE)
+    assert not any(card in claim["verdict"] for card in (CARD, *OTHER_CARDS))
+    assert not any(f"on {card}" in claim["computed"] for card in OTHER_CARDS)
 
 
 def test_prefill_is_neither_linear_nor_wholly_quadratic() -> None:
