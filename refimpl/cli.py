@@ -265,6 +265,8 @@ def _run(
         if decoder is None:
             note("note: the checkpoint has no tokenizer; --json gives the ids")
         click.echo(made.text[shown:])
+    if saved is not None:
+        note(f"state: {len(saved.tokens)} tokens of the prompt came from {load_state}")
     return made
 
 
@@ -281,7 +283,6 @@ def _states(model: OpenModel, load: str | None, save: str | None) -> Any:
         check_state_output(Path(save), model.path)
     if load is not None:
         saved = read_state(Path(load), model.backend)
-        note(f"state: {len(saved.tokens)} tokens of the prompt come from {load}")
     if save is None:
         return saved, None
 

@@ -8,7 +8,7 @@ edge. Despite the name it is what a stored value is multiplied by:
     w[r, c] = fp8[r, c] * scale[r div B0, c div B1]
 
 Stacked experts (E, out, in) have scales (E, ceil(out / B0), ceil(in / B1)). Sources:
-architecture.md section 4.2 (published shapes [288, 10, 32] and [288, 32, 10]); transformers
+the shapes of the published shards ([288, 10, 32] and [288, 32, 10]); transformers
 `integrations/finegrained_fp8.py`; `weight_dequant` of DeepSeek-V3, from which the layout comes.
 """
 

@@ -1,7 +1,7 @@
 """How stored values become numbers: one table keyed by type name.
 
 A *block* is the unit of a ggml type: `block_values` values of a row in `block_bytes` bytes
-(architecture.md section 4.5; ggml-quants.c in llama.cpp). Plain floating-point types are blocks of
+(ggml-common.h and ggml-quants.c in llama.cpp). Plain floating-point types are blocks of
 one value. The decoders of the block formats are those of the `gguf` package (NumPy, on any slice
 of whole rows), so every type it knows can be opened; the encoders are this project's
 (`refimpl.checkpoint.quantise`).

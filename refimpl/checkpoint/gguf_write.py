@@ -1,7 +1,7 @@
 """Writing GGUF files that llama.cpp loads: architecture `step35`.
 
-Tensors, names, keys and transforms follow architecture.md section 4.3 and llama.cpp's converter
-(conversion/step3.py): norms hold 1 + w, the router and every vector stay F32, the llama3
+Tensors, names, keys and transforms follow llama.cpp's loader and converter (src/models/step35.cpp,
+conversion/step3.py): norms hold 1 + w, the router and every vector stay F32, the llama3
 divisors travel as `rope_freqs.weight`. The header is the `gguf` package's; tensor bytes are
 written a few rows at a time, so memory stays bounded, and the file appears when it is whole.
 """

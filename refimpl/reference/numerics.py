@@ -1,7 +1,7 @@
 """Which arithmetic a run uses: float64, float32, or float32 with bf16 roundings.
 
-The bf16 mode copies the vendor's own PyTorch code (dtypes as listed in the architecture notes,
-"Dtypes in HFREF"): products accumulate in float32 and are rounded to bf16 at the named points
+The bf16 mode copies the vendor's own PyTorch code (modeling_step3p5.py of the published
+checkpoint): products accumulate in float32 and are rounded to bf16 at the named points
 below and nowhere else. The router and the whole of a routed expert stay in float32.
 """
 

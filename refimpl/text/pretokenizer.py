@@ -1,7 +1,7 @@
 """Pre-tokenizers: how text is cut before BPE merges, by llama.cpp's name.
 
 Step 3.5 Flash uses DeepSeek-V3's: three splits, each isolating its matches, then the byte
-alphabet (architecture.md section 5; `deepseek-v3` in llama.cpp's llama-vocab.cpp).
+alphabet (the published `tokenizer.json`; `deepseek-v3` in llama.cpp's llama-vocab.cpp).
 """
 
 from __future__ import annotations

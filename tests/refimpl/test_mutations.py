@@ -21,7 +21,7 @@ FLOAT64 = 1e-9
 FLOAT32 = 5e-5
 FILES = goldens("transformers", "float64")
 
-# Rows of the mistake table, in its order.
+# Typical mistakes of ports.
 MISTAKES = (
     "window_minus_1",
     "window_plus_1",

@@ -1,6 +1,6 @@
 """Each block format decoded one value at a time from its definition, against the decoder in use.
 
-Definitions: the block structures of ggml-common.h in llama.cpp and architecture.md section 4.5.
+Definitions: the block structures of ggml-common.h in llama.cpp.
 Written out here with Python integers, so that a decoder is not its own judge.
 """
 

@@ -71,7 +71,7 @@ def expected_type(spec, kind, preset):
 
 @pytest.mark.parametrize(("kind", "bound"), [("q8_0", 1 / 254), ("q4_0", 1 / 8)])
 def test_quantisation_error_stays_within_half_a_step(made, kind, bound):
-    """Q8_0 steps are max/127, Q4_0 steps max/8 of a block of 32 (architecture.md 4.5); Q4_0 has
+    """Q8_0 steps are max/127, Q4_0 steps max/8 of a block of 32 (ggml-quants.c); Q4_0 has
     no code for +8 steps, so there the error can reach a whole one. Scales are float16: 2^-11."""
     exact, source = open_checkpoint(made("tiny_a", "hf-f32")), open_checkpoint(made("tiny_a", kind))
     for key, layer in (("q_proj", 0), ("o_proj", 3), ("shared.down", 8)):

@@ -331,7 +331,7 @@ def test_the_command_line(gguf, tmp_path, backend_name) -> None:
     ids.write_text(json.dumps(PROMPT))
     more = (*given, "--tokens", str(ids), "--max-new-tokens", "9", "--json")
     plain, resumed = invoke(*more), invoke(*more, "--load-state", state)
-    assert "48 tokens of the prompt come from" in resumed.stderr
+    assert "48 tokens of the prompt came from" in resumed.stderr
     assert "prompt: 42 of 90 tokens in" in resumed.stderr
     a, b = json.loads(plain.stdout), json.loads(resumed.stdout)
     assert (a["ids"], a["mtp"]) == (b["ids"], b["mtp"])
