@@ -24,6 +24,7 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
     [bandwidth]
     peak_bytes_per_s = { ... }     # datasheet
     measured_bytes_per_s = { ... } # somebody's measurement; never merged with the peak
+    cache_bytes_per_s = { ... }    # of what lies in a processor's last cache, cpu.cache_bytes large
     [bandwidth.by_threads]         # measured by so many threads
     2 = { ... }
 

@@ -24,6 +24,7 @@ FIGURES = (
     MEMORY,
     Figure("bandwidth.by_threads.1", (3e10, 3e10), "1 thread"),
     Figure("bandwidth.by_threads.2", (5e10, 5e10), "2 threads"),
+    Figure("bandwidth.cache_bytes_per_s", (1.9e11, 2e11, 2.1e11), "2 threads", judged=False),
     Figure("flop.measured_fp32_per_s", (2.6e11,), "BLAS"),
     Figure("overhead.barrier_s", (1.5e-7, 2e-7, 9e-7), "a barrier", judged=False),
     Figure("disk.random_read_bytes_per_s", (1e9, 2e9, 3e9), "cold", judged=False),
@@ -31,7 +32,7 @@ FIGURES = (
 
 
 def found(*doubts: str) -> HostProbe:
-    return HostProbe(FIGURES, doubts, (), 2, 1.8e9, 12.0)
+    return HostProbe(FIGURES, doubts, (), 2, 1.8e9, 12.0, cache_bytes=32 << 20)
 
 
 def run(*words: str) -> Result:
@@ -95,6 +96,8 @@ def test_the_file_is_a_device_without_a_peak(probed: Callable[..., Path]) -> Non
     device = load_device("local")
     assert device.peak_is_unknown and device.measured_bandwidth_bytes_per_s == 5e10
     assert device.bandwidth_by_threads == {1: 3e10, 2: 5e10}
+    assert device.quantities["cpu.cache_bytes"].value == pytest.approx(32 << 20)
+    assert device.quantities["bandwidth.cache_bytes_per_s"].value == 2e11
     assert device.flop_per_s == {"fp32": 2.6e11} and device.disk_bytes_per_s is None
     read = device.quantities["disk.random_read_bytes_per_s"]
     assert (read.value, read.low, read.high) == (2e9, 1.5e9, 2.5e9)
@@ -128,6 +131,25 @@ def test_the_command_writes_the_file_and_a_plan_says_how_it_was_measured(
     assert "4.95e+10 to 5.05e+10" in shown
     run("--no-disk", "--out", str(tmp_path / "box.toml"))
     assert load_device(tmp_path / "box.toml").bandwidth_by_threads == {1: 3e10, 2: 5e10}
+
+
+def test_a_model_that_stays_in_the_cache_is_planned_there(probed: Callable[..., Path]) -> None:
+    probed()
+    assert run("--no-disk").exit_code == 0
+    from hwmodel.cli import main as hwmodel
+    from refimpl.backends import model_path
+
+    words = ["plan", "--device", "local", "--context", "1024", "--engine", "llama.cpp"]
+    plan = CliRunner().invoke(hwmodel, [*words, "--model", str(model_path("mini"))])
+    assert plan.exit_code == 0, plan.output
+    said = "stays in the processor's last cache (11 of 34 MB), which is read at 200 GB/s"
+    assert said in " ".join(plan.stdout.split())
+
+
+def test_the_cache_is_read_faster_than_memory_where_one_is_known() -> None:
+    assert probe_module._cache(1, 0) == []
+    (figure,) = probe_module._cache(1, 32 << 20)
+    assert figure.key == "bandwidth.cache_bytes_per_s" and min(figure.samples) > 0
 
 
 def test_a_busy_machine_gets_no_file_unless_forced(probed: Callable[..., Path]) -> None:

@@ -11,10 +11,22 @@ from hwmodel.devices import Device, load_device, read_device
 from hwmodel.engines import load_engine
 from hwmodel.fit import Fit, load_fit
 from hwmodel.model import step_shape
-from hwmodel.predict import predict
-from hwmodel.probed import as_file, fit_for, other_host, own_path, read, shipped_path
+from hwmodel.predict import physical_limit, predict
+from hwmodel.probed import (
+    as_file,
+    cache_note,
+    fit_for,
+    in_cache,
+    other_host,
+    own_path,
+    read,
+    renamed,
+    shipped_path,
+)
 from hwmodel.quant import load_quant
 from hwmodel.run import DeviceCount, EngineChoice, RunConfig, Workload
+from hwmodel.weights_file import read_weights
+from refimpl.backends import model_path
 
 PROBED = """schema = 1
 name = "{name}"
@@ -35,6 +47,26 @@ def device(folder: Path, name: str = "local", key: str = "measured_bytes_per_s")
     path = folder / f"{name}.toml"
     path.write_text(PROBED.format(name=name, key=key))
     return read_device(path)
+
+
+CACHE = """cache_bytes_per_s = {{ value = 200e9, source = "test", as_of = "2026-11" }}
+[cpu]
+cache_bytes = {{ value = {size}, source = "test", as_of = "2026-11" }}
+"""
+
+
+def with_cache(folder: Path, size: float, name: str = "local") -> Device:
+    """The host with a last cache of so many bytes, read at 200 GB/s."""
+    path = folder / f"{name}.toml"
+    text = PROBED.format(name=name, key="measured_bytes_per_s")
+    path.write_text(text.replace("[flop]", CACHE.format(size=size) + "[flop]"))
+    return read_device(path)
+
+
+def a_small_run(found: Device, engine: str = "llama.cpp", depth: int = 0) -> RunConfig:
+    """The embedded model, whose trunk is 11 MB."""
+    model, quant = read_weights(model_path("mini"))
+    return dataclasses.replace(a_run(found, engine, depth=depth), model=model, quant=quant)
 
 
 def a_run(found: Device, engine: str = "llama.cpp", quant: str = "Q4_0", **work: int) -> RunConfig:
@@ -132,3 +164,54 @@ def test_a_file_is_read_as_it_was_written() -> None:
 
     fits = {k: from_json(v) for k, v in entry["engines"].items()}
     assert as_file(fits, entry["host"], entry["as_of"])["engines"].keys() == fits.keys()
+
+
+@pytest.mark.parametrize("name", ["local", "my-box"])
+def test_a_model_that_stays_in_the_cache_is_read_from_there(tmp_path: Path, name: str) -> None:
+    """With the effects of the host's cache, whatever the host is called."""
+    host = with_cache(tmp_path, 32e6, name)
+    run = in_cache(a_small_run(host))
+    assert (run.devices[0].device.name, in_cache(run)) == (f"{name}-cache", run)
+    assert run.devices[0].device.bandwidth_bytes_per_s == 200e9
+    assert f"weights/device={name}-cache" in fit_for(run).effects
+    found, streamed = predict(a_small_run(host)), predict(a_small_run(device(tmp_path, name)))
+    assert found.value and streamed.value and found.value > 1.2 * streamed.value
+    assert found.value == pytest.approx(decode(run))
+    said = "the model stays in the processor's last cache (11 of 32 MB), which is read at 200 GB/s"
+    assert said in found.provenance and not any("cache" in p for p in streamed.provenance)
+    assert physical_limit(a_small_run(host), "decode_tok_s") > 1.8 * physical_limit(
+        a_small_run(device(tmp_path, name)), "decode_tok_s"
+    )
+
+
+def test_the_measured_speed_of_the_embedded_model_is_within_the_band(tmp_path: Path) -> None:
+    """Of the host whose runs the shipped shares were fitted to: 168 GB/s of its cache."""
+    for engine, entry in read(shipped_path())["engines"].items():
+        (point,) = [r for r in entry["runs"] if r["id"] == f"{engine}/mini/decode-d0"]
+        found = predict(a_small_run(with_cache(tmp_path, 32e6), engine))
+        assert found.low and found.high and found.low < point["measured"] < found.high
+
+
+def test_what_does_not_fit_in_the_cache_streams_from_memory(tmp_path: Path) -> None:
+    """Weights and KV cache may fill nine tenths of it; devices in a row share nothing."""
+    cases = [
+        a_small_run(with_cache(tmp_path, 12e6)),
+        a_small_run(with_cache(tmp_path, 16e6), depth=8192),
+        a_run(with_cache(tmp_path, 32e6)),
+        a_small_run(device(tmp_path)),
+        a_small_run(load_device("m4max")),
+    ]
+    for run in cases:
+        assert in_cache(run) is run and not cache_note(run)
+    assert in_cache(a_small_run(with_cache(tmp_path, 16e6))).devices[0].device.name == "local-cache"
+    two = dataclasses.replace(cases[0], devices=(DeviceCount(with_cache(tmp_path, 32e6), 2),))
+    assert in_cache(two) is two
+
+
+def test_a_fit_under_another_name_keeps_host_and_cache_apart() -> None:
+    fit = dataclasses.replace(
+        load_fit(), effects={"kv/device=local": 1.0, "kv/device=local-cache": 2.0, "kv/all": 3.0}
+    )
+    assert renamed(fit, "box").effects == {
+        "kv/device=box": 1.0, "kv/device=box-cache": 2.0, "kv/all": 3.0,
+    }  # fmt: skip
