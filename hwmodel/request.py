@@ -141,13 +141,7 @@ def make_request(
     ram = None if ram_gb is None else ram_gb * 2**30
     if ram is not None and (found.is_cpu or found.device_class == "apple"):
         found = with_memory(found, ram)
-    helper = None
-    if ram is not None and not found.unified:
-        helper = load_device(host or DEFAULT_HOST)
-        if not helper.is_cpu:
-            raise RequestError(f"--host {helper.name} is no processor; see 'hwmodel devices list'")
-    elif host is not None:
-        raise RequestError("--host needs --ram and a device with memory of its own")
+    helper = _helper(found, ram, host)
     accepted, distinct = read_stats(stats, model) if stats else (None, None)
     return PlanRequest(
         device=found,
@@ -238,6 +232,18 @@ def _quant(text: str | None, model: ModelShape, engine: Engine | None) -> str | 
         known = ", ".join(engine.quants)
         raise RequestError(f"{engine.title} cannot load {kind} of this model; it loads {known}")
     return kind
+
+
+def _helper(device: Device, ram: float | None, host: str | None) -> Device | None:
+    """The processor whose memory holds experts beside a card."""
+    if ram is not None and not device.unified:
+        helper = load_device(host or DEFAULT_HOST)
+        if not helper.is_cpu:
+            raise RequestError(f"--host {helper.name} is no processor; see 'hwmodel devices list'")
+        return helper
+    if host is not None:
+        raise RequestError("--host needs --ram and a device with memory of its own")
+    return None
 
 
 def parse_context(text: str | int, model: ModelShape) -> int:

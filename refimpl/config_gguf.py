@@ -34,21 +34,14 @@ def from_gguf(
     """
     _check_architecture(keys)
     r = _Keys(keys)
-    blocks = r.integer("block_count")
-    mtp = r.integer("nextn_predict_layers", 0)
-    trunk = blocks - mtp
-    if not 0 < trunk <= 4096 or not 0 <= mtp <= 64:
-        problem = f"is {blocks} with nextn_predict_layers {mtp}"
-        raise ConfigError(_PREFIX + "block_count", problem)
+    trunk, mtp = _layers(r)
+    blocks = trunk + mtp
     sliding = r.per_layer("attention.sliding_window_pattern", blocks)
     heads = r.integers("attention.head_count", blocks)
     groups = set(r.integers("attention.head_count_kv", blocks))
     if len(groups) != 1:
         raise ConfigError(_PREFIX + "attention.head_count_kv", "differs between layers")
     kinds = [SLIDING if s else FULL for s in sliding]
-    head_dim = r.integer("attention.key_length")
-    if r.integer("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(_PREFIX + "attention.value_length", "differs from key_length")
     if r.integer("expert_gating_func", _SIGMOID_GATING) != _SIGMOID_GATING:
         raise ConfigError(_PREFIX + "expert_gating_func", "is not 2 (sigmoid)")
     base = r.number("rope.freq_base", 10000.0)
@@ -63,7 +56,7 @@ def from_gguf(
         vocab_size=vocab_size,
         num_attention_heads=_heads_of(heads, kinds, FULL),
         num_attention_groups=groups.pop(),
-        head_dim=head_dim,
+        head_dim=_head_dim(r),
         sliding_attention_heads=_heads_of(heads, kinds, SLIDING),
         sliding_window=r.integer("attention.sliding_window"),
         layer_types=tuple(kinds),  # type: ignore[arg-type]
@@ -94,6 +87,22 @@ def _check_architecture(keys: Mapping[str, Any]) -> None:
             f"general.architecture is {found!r}, expected '{GGUF_ARCHITECTURE}' "
             "(Step 3.5 / 3.7 Flash)"
         )
+
+
+def _layers(r: _Keys) -> tuple[int, int]:
+    """Layers of the trunk, and MTP layers behind them."""
+    blocks, mtp = r.integer("block_count"), r.integer("nextn_predict_layers", 0)
+    if not 0 < blocks - mtp <= 4096 or not 0 <= mtp <= 64:
+        problem = f"is {blocks} with nextn_predict_layers {mtp}"
+        raise ConfigError(_PREFIX + "block_count", problem)
+    return blocks - mtp, mtp
+
+
+def _head_dim(r: _Keys) -> int:
+    keys = r.integer("attention.key_length")
+    if r.integer("attention.value_length", keys) != keys:
+        raise ConfigError(_PREFIX + "attention.value_length", "differs from key_length")
+    return keys
 
 
 def _stated_moe_layers(r: _Keys, trunk: int) -> Sequence[int]:

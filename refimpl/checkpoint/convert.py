@@ -65,17 +65,10 @@ def convert(
     """
     src, out = Path(src_path), Path(out_path)
     to_gguf = out.suffix == ".gguf"
-    known = tuple(MIXTURES if to_gguf else STORED)
-    if file_type not in known:
-        form = "GGUF file" if to_gguf else "folder of safetensors"
-        raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
     sources = [src] if mtp_path is None else [src, Path(mtp_path)]
     if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
-    if to_gguf:
-        replaceable(out)
-    if to_gguf and out.exists() and not overwrite:
-        raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
+    _check_output(out, to_gguf, file_type, overwrite)
     source = open_checkpoint(src, mtp_path=mtp_path)
     notes = _Notes(say)
     for warning in source.warnings:
@@ -102,6 +95,17 @@ def convert(
     finally:
         source.close()
     return tuple(notes.texts)
+
+
+def _check_output(out: Path, to_gguf: bool, file_type: str, overwrite: bool) -> None:
+    known = tuple(MIXTURES if to_gguf else STORED)
+    if file_type not in known:
+        form = "GGUF file" if to_gguf else "folder of safetensors"
+        raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
+    if to_gguf:
+        replaceable(out)
+    if to_gguf and out.exists() and not overwrite:
+        raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
 
 
 class _Notes:
