@@ -27,9 +27,9 @@ def probe(
     """Measure this host into the device file that --device local reads.
 
     Read bandwidth for 1 to N threads beyond every cache, and of all within the last cache, matrix
-    products by type, start and barrier of threads, the disk in order and expert by expert, cold and warm; medians with
-    quartiles, in less than a minute. A busy machine is told so, and no file is written (exit code
-    1) unless --force is given.
+    products by type, start and barrier of threads, the disk in order and expert by expert, cold
+    and warm; medians with quartiles, in less than a minute. A busy machine is told so, and no file
+    is written (exit code 1) unless --force is given.
 
     \b
     Examples:

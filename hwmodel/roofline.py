@@ -13,6 +13,7 @@ from hwmodel.memory import kv_value_bytes
 from hwmodel.operations import step_counts
 from hwmodel.placement import machine
 from hwmodel.predict import predict
+from hwmodel.probed import in_cache
 
 PREFILL = 2048
 
@@ -36,7 +37,7 @@ class PhasePoint:
 
 def roofs(candidate: Candidate) -> tuple[float, dict[str, float]]:
     """Read bandwidth (bytes/s) and dense peaks (FLOP/s by type) of all devices at work."""
-    m = machine(candidate.run)
+    m = machine(in_cache(candidate.run))
     peaks = {}
     for dtype in ("fp16", candidate.run.quant.compute_type):
         peaks[dtype] = m.flop(dtype)
