@@ -21,8 +21,8 @@ INTERVAL = 0.90
 
 
 def change_of(
-    before: Sequence[float],
-    after: Sequence[float],
+    before: Sequence[float] | Array,
+    after: Sequence[float] | Array,
     groups: Sequence[str],
     statistic: Callable[[Any], Any],
 ) -> tuple[float, float, float]:

@@ -5,8 +5,7 @@ described by its structure (`hwmodel.catalogue`), and by nothing but the total a
 that its model card states (`hwmodel.model.shape_from_totals`). Rows, folds and procedure are the
 same: whole sweeps, devices and models are left out in turn as `bench.calibrate` does.
 
-The interval of a difference comes from a paired bootstrap over sweeps: rows of one sweep come from
-one bench and are not independent.
+The interval of a difference comes from the paired bootstrap of `bench.paired`, over sweeps.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.calibrate import by_device, by_model, by_sweep, leave_out
+from bench.paired import INTERVAL, change_of
 from bench.problem import FITTED, Problem, Sample, samples_of
 from bench.runs import RunRecord
 from hwmodel.model import ModelShape, shape_from_totals
@@ -33,9 +33,6 @@ ARMS = ("structure", "totals")
 LEFT_OUT: dict[str, Callable[[Sample], str]] = {
     "sweep": by_sweep, "device": by_device, "model": by_model,
 }  # fmt: skip
-DRAWS = 2000
-SEED = 7
-INTERVAL = 0.90
 MIN_SWEEPS = 4
 DEEP = 16384  # tokens in the cache from which a row counts as deep
 
@@ -164,22 +161,16 @@ def difference(pairs: Sequence[Pair], left_out: str) -> Difference:
     import numpy as np
 
     both = np.array([[p.errors[left_out][arm] for arm in ARMS] for p in pairs])  # (N, 2)
-    sweeps, at = np.unique([p.sweep for p in pairs], return_inverse=True)
-    count = np.bincount(at)  # (S,) rows of each sweep
-    change = np.bincount(at, both[:, 0] - both[:, 1])  # (S,) sums over them
-    rng = np.random.default_rng(SEED)
-    picked = rng.integers(0, len(sweeps), (DRAWS, len(sweeps)))
-    means = change[picked].sum(axis=1) / count[picked].sum(axis=1)
-    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    sweeps = [p.sweep for p in pairs]
     median, mean = np.median(both, axis=0), np.mean(both, axis=0)
     p90 = np.quantile(both, 0.9, axis=0)
     return Difference(
         n=len(pairs),
-        sweeps=len(sweeps),
+        sweeps=len(set(sweeps)),
         median=(float(median[0]), float(median[1])),
         mean=(float(mean[0]), float(mean[1])),
         p90=(float(p90[0]), float(p90[1])),
-        mean_change=(float(mean[0] - mean[1]), float(low), float(high)),
+        mean_change=change_of(both[:, 1], both[:, 0], sweeps, np.mean),
     )
 
 

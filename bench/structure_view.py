@@ -9,7 +9,8 @@ from pathlib import Path
 from bench.compare_view import percent
 from bench.markdown import markdown
 from bench.problem import FITTED
-from bench.structure import INTERVAL, LEFT_OUT, MIN_SWEEPS, Difference, Pair, difference, groups_of
+from bench.paired import INTERVAL
+from bench.structure import LEFT_OUT, MIN_SWEEPS, Difference, Pair, difference, groups_of
 from hwmodel.cli_support import table
 
 NAMES = {"decode_tok_s": "decode", "prefill_tok_s": "prefill"}
