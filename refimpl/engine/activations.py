@@ -59,12 +59,13 @@ from refimpl.engine.vec import (
 )
 
 (FLOAT, NATURAL, QUADS_16, QUADS_MIN, FOURS, SUPER_MIN, SUPER, SUPER_HALVES,
- BYTES, EIGHTS_8, EIGHTS_128, BF16) = range(12)  # fmt: skip
+ BYTES, EIGHTS_8, EIGHTS_128, BF16, SUPER_HIGH_MIN) = range(13)  # fmt: skip
 _GROUP = {  # form: (values in a group, bytes of a group)
     QUADS_16: (128, 256),
     QUADS_MIN: (128, 256),
     FOURS: (128, 192),
     SUPER_MIN: (256, 384),
+    SUPER_HIGH_MIN: (256, 384),
     SUPER: (256, 384),
     SUPER_HALVES: (256, 384),
     EIGHTS_8: (256, 384),
@@ -75,6 +76,7 @@ _FORM512 = {
     ("quads_min", 0): QUADS_MIN,
     ("fours", 128): FOURS,
     ("super_min", 0): SUPER_MIN,
+    ("super_high_min", 0): SUPER_HIGH_MIN,
     ("super", 32): SUPER,
     ("super_halves", 128): SUPER_HALVES,
     ("eights", 8): EIGHTS_8,
@@ -161,7 +163,7 @@ def prepare(simd: Simd) -> Any:
                     _quads(scratch, columns, out, 0)
                 elif form == FOURS:
                     _fours(scratch, columns, out)
-                elif form in (SUPER_MIN, SUPER, SUPER_HALVES):
+                elif form in (SUPER_MIN, SUPER_HIGH_MIN, SUPER, SUPER_HALVES):
                     _super(scratch, columns, out, form)
 
     return prepare_row
@@ -284,8 +286,8 @@ def _fours(scratch, columns, out):
 
 @device(types.void)
 def _super(scratch, columns, out, form):
-    """Groups of 256: four times 64 codes in the order of the format, then two sets of 16 factors
-    of the block's 16 scales (see `refimpl.engine.kernels512`)."""
+    """Groups of 256: four times 64 codes in the order of the format, then two sets of 16 factors of
+    the block's 16 scales, or one and what sums begin with (see `refimpl.engine.kernels512`)."""
     padded = _padded(columns)
     quads = scratch + padded
     scales, sums = quads + padded, quads + padded + padded // 8
@@ -296,8 +298,10 @@ def _super(scratch, columns, out, form):
             block = 8 * group + j
             scale = load_f32(scales + 4 * block)
             total = scale * np.float32(load_i32(sums + 4 * block))
-            if form == SUPER_MIN:  # by eights, sub-blocks 0 2 4 6 1 3 5 7
+            if form in (SUPER_MIN, SUPER_HIGH_MIN):  # by eights, sub-blocks 0 2 4 6 1 3 5 7
                 place = j // 2 + j % 2 * 4
+                if form == SUPER_HIGH_MIN and j % 2:
+                    scale *= np.float32(0.0625)  # their codes are 16 times as large: exact
                 for k in range(4):
                     store_i64(to + 64 * k + 8 * place, load_i64(codes + 32 * j + 8 * k))
                 store_f32(to + 256 + 8 * place, scale)
@@ -311,11 +315,21 @@ def _super(scratch, columns, out, form):
                 _factors(to, j, scale, np.float32(-128) * total)
                 _factors(to, j + 8, np.float32(0), np.float32(0))
             else:
-                store(to + 32 * j, first)
-                store(to + 32 * j + 16, last)
-                for half in range(2):
-                    part = reduce_add(load(I32x4, quads + 32 * block + 16 * half))
-                    _factors(to, 2 * j + half, scale, np.float32(-32) * scale * np.float32(part))
+                _by_fours(codes, quads + 32 * block, j, to, scale)
+
+
+@njit(forceinline=True)
+def _by_fours(codes, quads, j, to, scale):
+    """The two halves of sub-block j: four codes of each of 16 halves in each of four vectors, then
+    scales, then -32 times the sums of their codes as integers."""
+    for half in range(2):
+        number = 2 * j + half
+        lane = number % 4 * 4 + number // 4
+        for k in range(4):
+            store_i32(to + 64 * k + 4 * lane, load_i32(codes + 16 * number + 4 * k))
+        total = reduce_add(load(I32x4, quads + 16 * half))
+        store_f32(to + 256 + 4 * lane, scale)
+        store_i32(to + 320 + 4 * lane, np.int32(-32) * total)
 
 
 @njit(forceinline=True)

@@ -48,7 +48,7 @@ FORMATS = {
         Format("IQ4_NL", 32, 18, "eights", 128),
         Format("Q5_1", 32, 24, "quads_min"),
         Format("Q8_0", 32, 34, "fours", 128),
-        Format("Q4_K", 256, 144, "super_min"),
+        Format("Q4_K", 256, 144, "super_high_min"),
         Format("Q5_K", 256, 176, "super_min"),
         Format("Q6_K", 256, 210, "super", 32),
         Format("IQ4_XS", 256, 136, "super_halves", 128),

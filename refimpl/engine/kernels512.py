@@ -10,9 +10,11 @@ activations`):
 * *quads* (Q5_0, Q5_1): four blocks at a time; a vector holds the low nibbles (first 16 values) of
   four blocks, another the high ones, so that four lanes belong to each block;
 * *fours* (Q8_0): the same, where the weights have signs and the activations have none;
-* *super* (Q4_K, Q5_K, Q6_K, IQ4_XS): four vectors of 64 codes of one block of 256, whose 16 scales
-  are multiplied with the activations' 16 factors at once and then spread over the lanes. A
-  second set of factors adds what does not depend on the codes (minimum or offset).
+* *super* (Q4_K, Q5_K, Q6_K, IQ4_XS): four vectors of 64 codes of one block of 256. Those of Q4_K
+  and Q5_K hold eight codes of each of eight sub-blocks; in Q4_K those of the odd ones are 16 times
+  as large, and the activations' factors for them a 16th. Those of Q6_K hold four codes of each
+  of 16 halves of sub-blocks, a lane each. A second set of factors adds what does not depend on
+  the codes (minimum or offset); for Q6_K sums begin with it.
 
 Such a piece of a row is a *step*: `decoded` gives its codes and scales, `added` adds its products
 with one row of activations.
@@ -49,7 +51,7 @@ from refimpl.engine.loads import (
 )
 from refimpl.engine.simd import Simd
 from refimpl.engine.sums import Sums, added, added_all, keep, kept, put
-from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, super_codes
+from refimpl.engine.supers import added_super, q4_k_step, q5_k_step, q6_k_step, super_codes
 from refimpl.engine.vec import (
     F16x16,
     F32x16,
@@ -311,6 +313,8 @@ def _decoded(fmt, w):
         return lambda fmt, w: q4_k_step(w)
     if fmt.parameter.name == "Q5_K":
         return lambda fmt, w: q5_k_step(w)
+    if fmt.parameter.name == "Q6_K":
+        return lambda fmt, w: q6_k_step(fmt, w)
     return lambda fmt, w: super_codes(fmt, w)
 
 

@@ -48,11 +48,9 @@ from refimpl.engine.x86 import (
 _INLINE = {"forceinline": True}
 _iq4_unsigned = literal(I8x64, [(v + 128) & 0xFF for v in IQ4_VALUES] * 4)
 
-# How the 16 scales fall on the 16 lanes of each of the four vectors of codes.
+# How the first four scales and the second four fall on the lanes of two vectors' sums.
 _quarter_0 = lane_permuter([i // 4 for i in range(16)])
 _quarter_1 = lane_permuter([4 + i // 4 for i in range(16)])
-_quarter_2 = lane_permuter([8 + i // 4 for i in range(16)])
-_quarter_3 = lane_permuter([12 + i // 4 for i in range(16)])
 
 
 def super_codes(fmt: Any, w: int) -> Any:
@@ -168,6 +166,7 @@ _chunks0, _chunks1, _chunks2, _chunks3 = _chunks
 _low_or_high = bit_matrices([0x0102040800000000] * 4 + [0x1020408000000000] * 4)
 _fifth_bits = literal(I64x8, [0x0101010101010101 * (1 << i) for i in (0, 2, 4, 6, 1, 3, 5)]
                       + [-0x7F7F7F7F7F7F7F80])  # fmt: skip
+_nibble_bits = literal(I64x8, [0x0F0F0F0F0F0F0F0F] * 4 + [-0x0F0F0F0F0F0F0F10] * 4)
 _by_sub_block = lane_permuter([i for j in (0, 2, 4, 6, 1, 3, 5, 7) for i in (j, j)])
 
 
@@ -182,8 +181,11 @@ def _by_eights(at):
 
 @njit(forceinline=True)
 def q4_k_step(w: Any) -> Any:
-    """A block of Q4_K: codes by eights, scales and minima, scales on the lanes."""
-    c0, c1, c2, c3 = _by_eights(w + 16)
+    """A block of Q4_K: codes by eights, those of high nibbles in place and so 16 times as large;
+    scales and minima; scales on the lanes."""
+    a, b, bits = load(I64x8, w + 16), load(I64x8, w + 80), _nibble_bits()
+    c0, c1 = reinterpret(I8x64, _chunks0(a, b) & bits), reinterpret(I8x64, _chunks1(a, b) & bits)
+    c2, c3 = reinterpret(I8x64, _chunks2(a, b) & bits), reinterpret(I8x64, _chunks3(a, b) & bits)
     scales = _k_scales(w)
     return c0, c1, c2, c3, scales, _by_sub_block(scales)
 
@@ -202,6 +204,33 @@ def q5_k_step(w: Any) -> Any:
     c2, c3 = _with_fifth(c2, w + 32), _with_fifth(c3, w + 40)
     scales = _k_scales(w)
     return c0, c1, c2, c3, scales, _by_sub_block(scales)
+
+
+# Q6_K: vector k of four holds values 4 k .. 4 k + 3 of each of 16 halves of sub-blocks, so that one
+# lane belongs to each of them in all four. Lane 4 i + v is quarter i of what was vector v: four
+# vectors are transposed by fours of bytes within each 16.
+_low_pairs, _high_pairs = (
+    shuffler(I32x16, [4 * q + v + i for q in range(4) for i in (k, k + 1) for v in (0, 16)])
+    for k in (0, 2)
+)
+_low_fours, _high_fours = (
+    shuffler(I64x8, [2 * q + v + k for q in range(4) for v in (0, 8)]) for k in (0, 1)
+)
+_by_quarters = lane_permuter([4 * (i % 4) + i // 4 for i in range(16)])
+
+
+@njit(forceinline=True)
+def q6_k_step(fmt: Any, w: Any) -> Any:
+    """A block of Q6_K: codes by fours, scales in the order of their lanes."""
+    c0, c1, c2, c3, scales = super_codes(fmt, w)
+    a, b = reinterpret(I32x16, c0), reinterpret(I32x16, c1)
+    c, d = reinterpret(I32x16, c2), reinterpret(I32x16, c3)
+    low, high = reinterpret(I64x8, _low_pairs(a, b)), reinterpret(I64x8, _low_pairs(c, d))
+    c0, c1 = _low_fours(low, high), _high_fours(low, high)
+    low, high = reinterpret(I64x8, _high_pairs(a, b)), reinterpret(I64x8, _high_pairs(c, d))
+    c2, c3 = _low_fours(low, high), _high_fours(low, high)
+    c0, c1 = reinterpret(I8x64, c0), reinterpret(I8x64, c1)
+    return c0, c1, reinterpret(I8x64, c2), reinterpret(I8x64, c3), _by_quarters(scales)
 
 
 def added_super(fmt: Any) -> Any:
@@ -226,19 +255,10 @@ def added_super(fmt: Any) -> Any:
         dot = dot64(dot64(zeros(I32x16), c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
         return acc + fma(convert(F32x16, dot), _quarter_1(factors), part)
 
-    def quarters(fmt, step, x, acc):
+    def fours(fmt, step, x, acc):
         c0, c1, c2, c3, scales = step
-        none = zeros(I32x16)
-        factors = scales * load(F32x16, x + 256)
-        part = scales * load(F32x16, x + 320)
-        dot = dot64(none, c0, load(I8x64, x))
-        part = fma(convert(F32x16, dot), _quarter_0(factors), part)
-        dot = dot64(none, c1, load(I8x64, x + 64))
-        part = fma(convert(F32x16, dot), _quarter_1(factors), part)
-        dot = dot64(none, c2, load(I8x64, x + 128))
-        part = fma(convert(F32x16, dot), _quarter_2(factors), part)
-        dot = dot64(none, c3, load(I8x64, x + 192))
-        return acc + fma(convert(F32x16, dot), _quarter_3(factors), part)
+        dot = dot64(dot64(load(I32x16, x + 320), c0, load(I8x64, x)), c1, load(I8x64, x + 64))
+        dot = dot64(dot64(dot, c2, load(I8x64, x + 128)), c3, load(I8x64, x + 192))
+        return fma(convert(F32x16, dot), scales * load(F32x16, x + 256), acc)
 
-    kinds = {"super_min": with_minimum, "super_halves": halves, "super": quarters}
-    return kinds[fmt.parameter.kind512]
+    return {"super_halves": halves, "super": fours}.get(fmt.parameter.kind512, with_minimum)

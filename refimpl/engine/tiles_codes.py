@@ -164,7 +164,7 @@ def _overload_store_super(fmt, block, codes, scales):
 
     def store_super(fmt, block, codes, scales):
         c0, c1, c2, c3, s = super_codes(fmt, block)
-        if kind == "super_min":  # sub-blocks 0 2 | 1 3 | 4 6 | 5 7
+        if kind.endswith("_min"):  # sub-blocks 0 2 | 1 3 | 4 6 | 5 7
             _pieces(c0, codes, 0, 1, 4, 5)
             _pieces(c1, codes, 2, 3, 6, 7)
             _pieces(c2, codes, 8, 9, 12, 13)

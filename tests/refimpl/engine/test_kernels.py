@@ -89,7 +89,7 @@ def test_rows_that_do_not_fill_a_step(stored_rows: Rows, name: str, simd: str) -
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in BLOCKS if FORMATS[n].kind512[:5] != "super"] + ["Q4_K"]
+    "name", [n for n in BLOCKS if FORMATS[n].kind512[:5] != "super"] + ["Q4_K", "Q6_K"]
 )
 def test_rows_whose_activations_are_done_piece_by_piece(stored_rows: Rows, name: str) -> None:
     """As long as the widest of the published model, and a part of a step."""
