@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.compare_view import percent
 from bench.markdown import markdown
-from bench.problem import FITTED
 from bench.paired import INTERVAL
+from bench.problem import FITTED
 from bench.structure import LEFT_OUT, MIN_SWEEPS, Difference, Pair, difference, groups_of
 from hwmodel.cli_support import table
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 from hwmodel import placement as place
 from hwmodel.arithmetic import products
 from hwmodel.effects import Context, Features, age_effects, context_of
+from hwmodel.launches import launches_s
 from hwmodel.links import LINK_PRIOR, link_parts
 from hwmodel.memory import kv_value_bytes, stated_scale
-from hwmodel.model import ModelShape
 from hwmodel.operations import StepCounts, draft_bytes, step_counts
 from hwmodel.parts import Part
 from hwmodel.placement import Machine
@@ -34,14 +34,6 @@ BANDWIDTH_PRIOR = {
 # Seconds per layer beyond the matrices: launches, normalisation, routing.
 OVERHEAD_PRIOR = {"llama.cpp": 60e-6, "server": 60e-6, "mlx": 70e-6, "ktransformers": 150e-6}
 MOE_OVERHEAD = 50e-6
-# Launches of one row that no plain layer has, each beside the matrices' own: hyper-connections
-# (norm, mix, split, collapse and expand around two sublayers; github.com/antirez/ds4/pull/1042),
-# pooling of keys (projection, position, store, norm, rotation), an indexer (queries, rotation,
-# transform, weights, scores, selection), gates on heads (product, sigmoid, scaling). A queued
-# launch takes about 10 us on Apple's GPUs (github.com/antirez/ds4/pull/846); elsewhere half, what
-# OVERHEAD_PRIOR is per launch; a processor calls a function.
-RESIDUAL_LAUNCHES, POOL_LAUNCHES, INDEX_LAUNCHES, GATE_LAUNCHES = 10, 5, 6, 3
-LAUNCH_S = {"apple": 10e-6, "cpu": 0.0}
 SCORES_PRIOR = 0.30  # the same for scores of attention
 QUERY_PRIOR = 0.55  # of the bandwidth, queries that an indexer reads again (as KV reads)
 BATCH_SHARE = 0.5  # of what large prompts reach, a few rows per step
@@ -205,7 +197,7 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
     effects = c.features("overhead", "class", "device", "class+group", "engine")
     base = run.model.layers * per_layer + run.model.moe_layers * MOE_OVERHEAD
-    base += extra_launches(run.model) * LAUNCH_S.get(c.device_class, 5e-6)
+    base += launches_s(run.model, c.device_class)
     width = math.log2(run.model.hidden_size / 4096)
     effects += (("overhead/width", width),)
     if m.dies > 1:  # a launch starts on both and waits for both
@@ -223,17 +215,6 @@ def _overhead_parts(run: RunConfig, m: Machine, c: Context, rows: int) -> list[P
         effects = c.features("verify", "family", "class+group")
         parts.append(Part("verification", "overhead", base, effects))
     return parts
-
-
-def extra_launches(model: ModelShape) -> int:
-    """Launches of a step beyond those of plain layers of attention and experts."""
-    found = RESIDUAL_LAUNCHES * sum(t.role == "residual" and not t.mtp for t in model.tensors)
-    for g in model.attention:
-        found += INDEX_LAUNCHES * g.layers if g.indexer else 0
-        found += POOL_LAUNCHES * g.layers if g.compress > 1 and not g.indexer else 0
-    if model.kinds == ("gqa",) and not any(g.indexer for g in model.attention):
-        found += GATE_LAUNCHES * sum(t.kind == "attn_other" and not t.mtp for t in model.tensors)
-    return found
 
 
 def _row_parts(run: RunConfig, m: Machine, c: Context, counts: StepCounts, rows: int) -> list[Part]:
@@ -284,7 +265,11 @@ def prefill_parts(run: RunConfig) -> list[Part]:
     speedup = machine.pipeline(chunks) if whole else 1.0  # else one at a time (llama-context.cpp)
     parts = _compute_parts(run, machine, c, counts, min(chunk, prompt), speedup)
     per_chunk = step_counts(run.model, run.quant, depth, min(chunk, prompt), logit_rows=1)
-    parts += _stream_parts(run, machine, c, per_chunk, chunks / speedup)
+    streams = _stream_parts(run, machine, c, per_chunk, chunks / speedup)
+    if any(p.name == "host experts" for p in streams):  # computed there and not on the device
+        kept = 1 - run.placement.host_expert_share
+        parts = [_scaled(p, kept, p.name, ()) if p.name == "routed experts" else p for p in parts]
+    parts += streams
     per_layer = OVERHEAD_PRIOR.get(c.group, 80e-6)
     base = chunks * run.model.layers * per_layer
     effects = c.features("prefill overhead", "class", "class+group")

@@ -127,3 +127,18 @@ def test_a_processor_launches_nothing() -> None:
         assert context_of(run, place.machine(run)).group == "llama.cpp"
         found = [parts_of(r, "decode_tok_s")["overhead"].base_s for r in (run, other)]
         assert found[0] - found[1] == pytest.approx(more, abs=1e-12)
+
+
+def test_experts_that_the_host_computes_are_not_computed_again() -> None:
+    """A short prompt over two processors with much memory bandwidth."""
+    short = dataclasses.replace(
+        run_of(
+            "sglang-kt", "rtx4090-48g", "FP8", model="minimax-m2",
+            host_expert_share=0.75, host_bandwidth_bytes_per_s=614e9,
+        ),
+        workload=Workload(prompt_tokens=256, micro_batch=256),
+    )  # fmt: skip
+    alone = dataclasses.replace(short, placement=Placement())
+    found, whole = parts_of(short), parts_of(alone)
+    assert found["host experts"].flop == pytest.approx(0.75 * whole["routed experts"].flop)
+    assert found["routed experts"].flop == pytest.approx(0.25 * whole["routed experts"].flop)

@@ -7,13 +7,13 @@ import pytest
 from hwmodel.catalogue import load_model
 from hwmodel.devices import load_device
 from hwmodel.engines import load_engine
+from hwmodel.launches import extra_launches
 from hwmodel.model import step_shape
 from hwmodel.operations import step_counts
 from hwmodel.parts import Part
 from hwmodel.predict import step_parts
 from hwmodel.quant import load_quant
 from hwmodel.run import DeviceCount, EngineChoice, RunConfig, Workload
-from hwmodel.timing import extra_launches
 
 POOLED = "deepseek-v4-flash"
 
