@@ -32,8 +32,7 @@ def comparison_text(result: Mapping[str, Any]) -> str:
         )
     parts = [f"{counted(summary['rows'], 'figure')} ({counts}); {judged}"]
     parts += _declined(result["rows"])
-    if summary["beyond_limit"]:
-        parts.append(f"{summary['beyond_limit']} measured beyond the datasheet's limit")
+    parts += _impossible(result["rows"])
     if summary["judged"]:
         parts += ["", _errors_table(summary), "", *_worst(result["rows"])]
     else:
@@ -61,6 +60,19 @@ def _more(ids: Sequence[str]) -> str:
 
 
 _REFITS = "(predicted here by refits that never saw the run's sweep)"
+
+
+def _impossible(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Figures beyond what the datasheet allows, the first ones with both numbers."""
+    found = [r for r in rows if r["beyond_limit"]]
+    said = [
+        f"impossible: {r['id']}: {r['reason'].rpartition('; ')[2]} that the datasheet allows"
+        for r in found[:_REASONS]
+    ]
+    rest = len(found) - len(said)
+    return said + ([f"impossible: {rest} more, see --json"] if rest else [])
+
+
 _HEADER = [
     "errors in %", "quantity", "rows", "predicted", "median", "p90", "worst", "in band",
     "held-out median", "p90", "baseline median", "p90",

@@ -142,6 +142,11 @@ def test_a_declined_row_is_counted_under_its_canonical_names() -> None:
     assert set(found["summary"]["by_device"]) == {"m4max"}
 
 
+def test_impossible_figures_are_named_with_both_numbers() -> None:
+    text = comparison_text(compare([dataclasses.replace(ROW, decode_tok_s=5000.0)]))
+    assert "impossible: X1: measured 5000 tok/s is beyond the physical limit of" in text
+
+
 def test_rows_that_do_not_count_are_shown_where_none_does() -> None:
     rows = [dataclasses.replace(ROW, id=f"X{i}", fit_ok="no") for i in range(6)]
     text = comparison_text(compare(rows))
