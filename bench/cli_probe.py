@@ -66,7 +66,8 @@ def probe(
         note("no device file was written: stop other programs and probe again, or give --force")
         ctx.exit(1)
     write_device(found, path)
-    note(f"wrote {path} ({found.seconds:.0f} s); try: hwmodel plan --device local")
+    name = "local" if out is None else path
+    note(f"wrote {path} ({found.seconds:.0f} s); try: hwmodel plan --device {name}")
 
 
 def _table(figures: object) -> str:

@@ -125,7 +125,7 @@ def loop_figure(found: Mapping[str, Any]) -> Figure:
     low = min(min(r["measured"], r["predicted"]) for r in rows) / 1.4
     high = max(max(r["measured"], r["predicted"]) for r in rows) * 1.4
     with style():
-        figure = Figure(figsize=(14.4, 8.7), layout="constrained")
+        figure = Figure(figsize=(14.4, 8.3), layout="constrained")
         grid = figure.subplots(1, len(ENGINES), squeeze=False)
         for axes, engine in zip(grid.flat, ENGINES, strict=True):
             _guides(axes, low, high)
