@@ -31,6 +31,7 @@ class SimulatedAcceptance:
         self._survival = np.cumprod(np.asarray(rates, dtype=np.float64))
         self._rng = np.random.default_rng(seed)
         self._place = float(self._rng.random())
+        self._drafts: list[int] = []  # since the last step
 
     @property
     def config(self) -> ModelConfig:
@@ -51,14 +52,15 @@ class SimulatedAcceptance:
         return self._favour(step, [self._token()] * len(step.logits))
 
     def decode(self, tokens: Tokens, cache: Cache) -> Step:
-        """See `Backend.decode`; logits favour as many of the drafts as are to stand."""
+        """See `Backend.decode`; logits favour as many of the drafts as are to stand, those that
+        are not verified included."""
         step = self._inner.decode(tokens, cache)
-        drafts = [int(t) for t in tokens][1:]
+        drafts, self._drafts = [int(t) for t in tokens][1:] or self._drafts, []
         accepted = self._accepted(len(drafts))
         wanted = [*drafts[:accepted], self._token()]
         if accepted < len(drafts) and wanted[-1] == drafts[accepted]:
             wanted[-1] = (wanted[-1] + 1) % self.config.vocab_size
-        return self._favour(step, wanted)
+        return self._favour(step, wanted[: len(step.logits)])
 
     def draft_cost(self, depth: int) -> float:
         """See `Backend.draft_cost`."""
@@ -78,7 +80,8 @@ class SimulatedAcceptance:
             choose(logits)
             return self._token()
 
-        return self._inner.draft(cache, hidden, next_tokens, depth, random)
+        self._drafts = self._inner.draft(cache, hidden, next_tokens, depth, random)
+        return self._drafts
 
     def _accepted(self, drafts: int) -> int:
         self._place = (self._place + _GOLDEN) % 1.0

@@ -248,8 +248,11 @@ class _Run:
         began = time.perf_counter()
         self._kept.busy()
         newest = self._all[-1]
-        drafts = self._drafts(self._depth())
+        drafts, looked = self._drafts(self._depth()), list[int]()
+        if self._policy.looking:
+            drafts, looked = [], drafts
         step = self._backend.decode([newest, *drafts], self._cache)
+        stood = self._picker.would_stand(step.logits[0], looked[0]) if looked else 0.0
         verdict = self._picker.verify(step.logits, drafts)
         new, rows = [verdict.token], step.hidden
         if drafts:
@@ -261,7 +264,10 @@ class _Run:
             self._following += new
         self._hold(new)
         seconds = time.perf_counter() - began
-        self._policy.update(len(drafts), verdict.accepted, seconds)
+        if looked:
+            self._policy.looked(stood, seconds)
+        else:
+            self._policy.update(len(drafts), verdict.accepted, seconds)
         ids, text, self.finish_reason = self._ending.push(new)
         self._records.append(StepRecord(len(drafts), ids, seconds))
         self._show(ids, text)

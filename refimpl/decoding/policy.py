@@ -11,7 +11,14 @@ from typing import Protocol
 
 
 class DraftPolicy(Protocol):
-    """Chooses the draft depth of each step and is told what came of it."""
+    """Chooses the draft depth of each step and is told what came of it.
+
+    Attributes:
+        looking: whether the drafts that were last asked for are only to be compared with the token
+            that comes, not verified.
+    """
+
+    looking: bool
 
     def next_depth(self, limit: int) -> int:
         """Drafts for the next step, at most `limit` (tokens or positions that remain)."""
@@ -19,9 +26,15 @@ class DraftPolicy(Protocol):
     def update(self, depth: int, accepted: int, seconds: float) -> None:
         """A step drafted `depth` tokens, `accepted` of them stood, all in `seconds`."""
 
+    def looked(self, stood: float, seconds: float) -> None:
+        """A step whose one draft was not verified: the chance that it would have stood, which is 0
+        or 1 in greedy text, and the step's seconds, drafting included."""
+
 
 class FixedDepth:
     """Always the same depth, except where the cache has fewer positions left."""
+
+    looking = False
 
     def __init__(self, depth: int) -> None:
         self._depth = depth
@@ -30,6 +43,9 @@ class FixedDepth:
         return min(self._depth, limit)
 
     def update(self, depth: int, accepted: int, seconds: float) -> None:
+        pass
+
+    def looked(self, stood: float, seconds: float) -> None:
         pass
 
 
@@ -124,15 +140,20 @@ class AutoDepth:
     for it. So drafts that promise nothing are never tried, and the others at once, one draft more
     at a time; the best k is taken, drafts only if they promise more than no drafts by `MARGIN`.
 
-    Where drafts do not pay, a few steps with drafts are tried again from time to time, ever more
-    rarely, starting from little belief in what was counted before. Where they pay, every
-    `PROBE_EVERY`-th step goes without, one deeper or one shallower, in turn.
+    The first drafts are verified at once. Later, drafting starts with a step that *looks*: one
+    token is drafted, not verified, and compared with the one that comes. That costs the MTP layer
+    alone, a fraction of what a rejected draft does. Where drafts do not pay, looks are made after
+    a while, ever more rarely, starting from little belief in what was counted before; one that
+    hits is followed by the next. Where drafts pay, every `PROBE_EVERY`-th step goes without, one
+    deeper or one shallower, in turn.
 
-    What steps with drafts lose against plain ones is summed up, gains making up for losses before
-    them. No step with drafts is made that is expected to bring this sum above `ALLOWANCE` plain
-    steps and the share `BUDGET` of the run: so much, and what one step more loses, a run can be
-    slower than without drafts. A step that took far longer than any at its depth should, held up
-    by something else, is counted as a long one only.
+    What looks and steps with drafts lose against plain ones is summed up, gains making up for
+    losses, but for no more than `CREDIT` to come. No look is made that is expected to bring this
+    sum above `ALLOWANCE` plain steps and the share `BUDGET` of the run, and unless `SURE` or
+    more judged drafts say that they pay, no step with drafts that would bring it above `RISK` and
+    that share if all fell, or, after one that stood, in the mean. So much, and what a step more
+    loses, a run can be slower than without drafts. A step that took far longer than any at its
+    depth should, held up by something else, is counted as a long one only.
 
     Args:
         max_depth: the most drafts.
@@ -141,37 +162,46 @@ class AutoDepth:
 
     PRIOR = 0.8  # published for the first MTP layer: 0.88
     PRIOR_WEIGHT = 4.0
+    DOUBT_WEIGHT = 2.0  # of what was counted before a look
     DISCOUNT = 0.98
+    LATELY = 0.9  # discount of what is looked at when much was lost
     MARGIN = 1.02
     STEP_UP = 1.03
     PROBE_EVERY = 64
-    BUDGET = 0.005  # share of the run's time that drafts may lose
-    ALLOWANCE = 0.8  # plain steps that they may lose besides
-    TRIAL = 3  # steps of a trial, unless they gain
-    WAIT, WAIT_MOST = 32, 1024  # plain steps between trials
+    BUDGET = 0.004  # share of the run's time that drafts may lose
+    ALLOWANCE = 0.6  # plain steps that looks may lose besides
+    RISK = 1.1  # plain steps that steps with drafts may lose besides
+    SURE = 6  # judged drafts after which what was counted is believed
+    CREDIT = 3.0  # plain steps gained that may be lost again
+    WAIT, WAIT_MOST = 8, 1024  # plain steps between looks
     REST = 8  # plain steps until the allowance is looked at again
     LEAST_LEFT = 24  # tokens that are still to come when drafting starts
     HORIZON = 128  # tokens in which a start must pay for itself
-    START_MOST = 2.0  # plain steps that a start is taken to cost at most
+    LOOK_MOST = 2.0  # plain steps that a look is taken to cost at most, besides its own
     CATCH_UP = 4  # steps after which MTP layers that were not drafted from have rows to make up for
 
     def __init__(self, max_depth: int, guesses: Sequence[float] | None = None) -> None:
         self.costs = StepCosts([1.0] * max_depth if guesses is None else guesses)
         self._tried = [self.PRIOR_WEIGHT] * max_depth
         self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * max_depth
+        self._first = 0.0, 0.0  # first drafts judged lately, and how many of them stood
         self._most = max_depth
         self._last_used = [0] * (max_depth + 1)
         self._plain = 0  # steps without drafts that have been decided on
         self._since = self.CATCH_UP  # steps since the last one with drafts
         self._used = [-self.CATCH_UP] * (max_depth + 1)  # last step of so many drafts or more
-        self._trial = 0  # steps of a trial that are left
-        self._drafted = False  # since the last trial was planned
-        self._wait, self._due = self.WAIT, 0  # plain steps between trials; step of the next one
+        self._drafted = False  # or looked, since the next look was planned
+        self._hit = False  # the last draft at first place stood, or would have
+        self._wait, self._due = self.WAIT, 0  # plain steps between looks; step of the next one
         self._probe = self.PROBE_EVERY
-        self._start = 0.0  # what the first step after a pause costs besides, plain steps
+        # What a look costs, plain steps: about half of what one draft does goes into drafting it.
+        self._look = (self.costs.guesses[1] - 1) / 2 if max_depth else 0.0
+        self._looks: deque[float] = deque(maxlen=3)
         self._steps, self._elapsed, self._lost = 0, 0.0, 0.0  # the latter two in plain steps
+        self.looking = False
 
     def next_depth(self, limit: int) -> int:
+        self.looking = False
         if self._plain:
             self._plain -= 1
             return 0
@@ -184,12 +214,13 @@ class AutoDepth:
         best = max(range(1, most + 1), key=self._promise)
         gain = self.tokens_per_plain_step(best) - 1
         pays = gain > self.MARGIN - 1
-        if starting and gain * min(limit, self.HORIZON) <= self._start:
+        if starting and gain * min(limit, self.HORIZON) <= self._look:
             pays = False
-        depth = self._pick(best, most) if pays else self._try(best)
-        if depth and not self._affordable(depth, starting):
-            self._trial, depth = 0, 0
-            self._plain = self.REST - 1
+        if not pays or (starting and self._used[1] > 0):
+            return self._try(best, pays)
+        depth = self._pick(best, most)
+        while depth and not self._affordable(depth):
+            depth -= 1
         return depth
 
     def _promise(self, depth: int) -> float:
@@ -203,7 +234,7 @@ class AutoDepth:
 
     def _pick(self, best: int, most: int) -> int:
         """A depth where drafts pay: the best, or now and then one beside it."""
-        self._trial, self._wait = 0, self.WAIT
+        self._wait = self.WAIT
         self._probe -= 1
         if self._probe > 0:
             return best
@@ -211,26 +242,28 @@ class AutoDepth:
         beside = [0, *(k for k in (best - 1, best + 1) if 0 < k <= most and not self._hopeless(k))]
         return min(beside, key=lambda k: self._last_used[k])
 
-    def _try(self, best: int) -> int:
-        """A depth where drafts do not pay: none, or a trial of the best."""
-        if self._since and self._trial:
-            self._trial = 0  # ended by a pause
-        if self._trial:
-            self._trial -= 1
-            return best
-        if self._drafted:  # a trial or drafting has ended
-            self._drafted = False
-            self._due = self._steps + self._wait
-            self._wait = min(2 * self._wait, self.WAIT_MOST)
-        if self._steps < self._due or self._hopeless(best):
-            self._plain = max(self._due - self._steps, self.REST) - 1
+    def _try(self, best: int, pays: bool) -> int:
+        """A depth where drafts do not pay, or are to be started: none, or a look."""
+        again = self._hit and not self._since
+        if not (pays or again):
+            if self._drafted:  # looks or drafting have ended
+                self._drafted = False
+                self._due = self._steps + self._wait
+                self._wait = min(2 * self._wait, self.WAIT_MOST)
+            if self._steps < self._due or self._hopeless(best):
+                self._plain = max(self._due - self._steps, self.REST) - 1
+                return 0
+        if self._lost + self._look > self.ALLOWANCE + self.BUDGET * self._elapsed:
+            self._plain = self.REST - 1
             return 0
-        self._trial = self.TRIAL - 1
-        for i, tried in enumerate(self._tried):
-            if tried > self.PRIOR_WEIGHT:
-                self._passed[i] *= self.PRIOR_WEIGHT / tried
-                self._tried[i] = self.PRIOR_WEIGHT
-        return best
+        if not (pays or again):
+            self._first = 0.0, 0.0
+            for i, tried in enumerate(self._tried):
+                if tried > self.DOUBT_WEIGHT:
+                    self._passed[i] *= self.DOUBT_WEIGHT / tried
+                    self._tried[i] = self.DOUBT_WEIGHT
+        self.looking = True
+        return 1
 
     def _hopeless(self, depth: int) -> bool:
         """Whether a depth could not pay even if all its drafts stood."""
@@ -243,35 +276,62 @@ class AutoDepth:
         costs = self.costs
         return 1 + 2 * (costs.of(depth) if costs.settled(depth) else costs.guesses[depth])
 
-    def _affordable(self, depth: int, starting: bool) -> bool:
-        """Whether one more step with drafts keeps what all of them lost within bounds."""
-        cost = min(self.costs.of(depth), self._longest(depth)) + starting * self._start
-        loss = cost - self.tokens_per_step(depth)
-        return self._lost + max(0.0, loss) <= self.ALLOWANCE + self.BUDGET * self._elapsed
+    def _affordable(self, depth: int) -> bool:
+        """Whether a step with drafts that all fall keeps what was lost within bounds (after one
+        that stood: in the mean), or enough first drafts were judged to say, without any belief,
+        that one pays."""
+        judged, stood = self._first
+        if judged >= self.SURE and 1 + stood / judged > self.MARGIN * self.costs.of(1):
+            return True
+        worst = min(self.costs.of(depth), self._longest(depth)) - 1
+        if self._hit:
+            worst *= 1 - self._passed[0] / self._tried[0]
+        return self._lost + worst <= self.RISK + self.BUDGET * self._elapsed
 
     def update(self, depth: int, accepted: int, seconds: float) -> None:
-        costs = self.costs
-        self._steps += 1
+        starting = depth > 0 and self._steps + 1 - self._used[depth] > self.CATCH_UP
+        self.costs.add(depth, seconds, usual=not starting)
+        took = self._took(seconds)
         self._last_used[depth] = self._steps
-        starting = depth > 0 and self._steps - self._used[depth] > self.CATCH_UP
-        costs.add(depth, seconds, usual=not starting)
-        took = seconds / costs.unit if costs.unit else 1.0
-        self._elapsed += took
         if not depth:
             self._since += 1
             return
-        self._since, self._drafted = 0, True
-        self._used[1 : depth + 1] = [self._steps] * depth
-        if starting:  # of a depth that was not drafted lately, layers have rows to make up for
-            self._start = min(max(0.0, took - costs.of(depth)), self.START_MOST)
+        self._hit = accepted > 0
+        self._drew(depth)
         # A step that was held up by something else says nothing about those to come.
         loss = min(took, self._longest(depth)) - (1 + accepted)
-        self._lost = max(0.0, self._lost + loss)
-        if loss < 0 and self._trial:
-            self._trial += 1  # a trial that gains goes on
+        most = self.RISK + self.BUDGET * self._elapsed  # more is not worth waiting longer for
+        self._lost = min(max(-self.CREDIT, self._lost + loss), most)
         for i in range(min(accepted + 1, depth)):  # drafts after a rejected one were not judged
-            self._tried[i] = self._tried[i] * self.DISCOUNT + 1
-            self._passed[i] = self._passed[i] * self.DISCOUNT + (i < accepted)
+            self._judge(i, i < accepted)
+
+    def looked(self, stood: float, seconds: float) -> None:
+        loss = min(max(0.0, self._took(seconds) - 1), self.LOOK_MOST)
+        self._looks.append(loss)
+        self._look = _median(self._looks)
+        self._lost += loss
+        self._drew(1)
+        self._judge(0, stood)
+        self._hit = stood >= 0.5
+
+    def _took(self, seconds: float) -> float:
+        """One more step: its plain steps."""
+        self._steps += 1
+        took = seconds / self.costs.unit if self.costs.unit else 1.0
+        self._elapsed += took
+        return took
+
+    def _drew(self, depth: int) -> None:
+        """MTP layers have run, in the step that was just counted."""
+        self._since, self._drafted = 0, True
+        self._used[1 : depth + 1] = [self._steps] * depth
+
+    def _judge(self, place: int, stood: float) -> None:
+        if place == 0:
+            judged, held = self._first
+            self._first = judged * self.LATELY + 1, held * self.LATELY + stood
+        self._tried[place] = self._tried[place] * self.DISCOUNT + 1
+        self._passed[place] = self._passed[place] * self.DISCOUNT + stood
 
     def tokens_per_step(self, depth: int) -> float:
         """Expected tokens of one step at `depth`: 1 for the trunk and what drafts should add."""

@@ -81,6 +81,14 @@ class Picker:
         self._draft_rows.append(q)
         return draw(q, self._rng)
 
+    def would_stand(self, logits: Array, draft: int) -> float:
+        """The chance that a draft which is not to be verified would have stood before the trunk's
+        logits (V,); its distribution is forgotten, nothing is drawn."""
+        if self._params.greedy:
+            return float(argmax(logits) == draft)
+        q = self._draft_rows.pop()
+        return accept_probability(distribution(logits, self._params), q, draft)
+
     def verify(self, logits: Array, drafts: Sequence[int]) -> Verdict:
         """Judge `drafts` (k) by the trunk's logits (k + 1, V), row i being what follows draft i-1.
 

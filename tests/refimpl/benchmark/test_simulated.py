@@ -44,3 +44,16 @@ def test_tokens_are_random_and_repeat_with_the_seed(model: ReferenceModel) -> No
 
     assert ids(1) == ids(1) != ids(2)
     assert len(set(ids(1))) > 6
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_drafts_that_are_not_verified_would_stand_at_the_rate(
+    model: ReferenceModel, rate: float
+) -> None:
+    backend = SimulatedAcceptance(model, (rate,))
+    cache = backend.new_cache(16)
+    step = backend.prefill([1, 2, 3], cache)
+    token = int(np.argmax(step.logits[-1]))
+    (draft,) = backend.draft(cache, step.hidden, [2, 3, token], 1, lambda row: int(np.argmax(row)))
+    found = int(np.argmax(backend.decode([token], cache).logits[-1]))
+    assert (found == draft) == (rate == 1.0)
