@@ -23,6 +23,7 @@ from hwmodel import names
 from hwmodel.errors import RunFileError
 
 MAX_FILE_BYTES = 1 << 28
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 TEXT_COLUMNS = (
     "id", "model", "quant", "device", "interconnect", "engine", "engine_version", "backend",
     "offload", "mtp", "kv_type", "notes", "source_url", "source_date", "confidence",
@@ -211,10 +212,11 @@ def published_runs_path() -> Path:
 
 
 def read_text(path: Path | str) -> str:
-    """A text file, or standard input for `-`.
+    """A text file, or standard input for `-`; UTF-8, or UTF-16 with its mark (as PowerShell
+    redirects output).
 
     Raises:
-        RunFileError: no such file, not UTF-8, or too large.
+        RunFileError: no such file, no text, or too large.
     """
     try:
         if str(path) == "-":
@@ -229,9 +231,9 @@ def read_text(path: Path | str) -> str:
             f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, expected a CSV of runs"
         )
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-16" if raw[:2] in _UTF16_MARKS else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RunFileError(f"{path}: not UTF-8 text, expected a CSV of runs") from error
+        raise RunFileError(f"{path}: not UTF-8 text, expected runs as CSV or JSON") from error
 
 
 def _table(text: str, source: str) -> list[tuple[int, list[str]]]:

@@ -134,12 +134,12 @@ def _read_json(text: str, source: str) -> list[RunRecord]:
 
 
 def _is_json(text: str) -> bool:
-    return has_fields(text, ("n_prompt", "n_gen", "avg_ts"))
+    return has_fields(text, ("n_prompt", "n_gen"))
 
 
 def _is_csv(text: str) -> bool:
     header = text.lstrip().partition("\n")[0]
-    return all(f in header.split(",") for f in ("n_prompt", "n_gen", "avg_ts"))
+    return all(f in header.split(",") for f in ("n_prompt", "n_gen"))
 
 
 def _read_csv(text: str, source: str) -> list[RunRecord]:

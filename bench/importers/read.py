@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,32 @@ def _seen(text: str) -> str:
         fields = ", ".join(list(rows[0])[:6])
         return f"JSON with the fields {fields}"
     first = text.strip().partition("\n")[0][:60]
-    return f"begins with {first!r}" if first else "is empty"
+    return _broken(text) or (f"begins with {first!r}" if first else "is empty")
+
+
+def _broken(text: str) -> str:
+    """Where JSON or JSON lines stop being such, empty for other texts."""
+    if not text.lstrip().startswith(("{", "[")):
+        return ""
+    lines = text.splitlines()
+    begins = 0 if _error(lines[0]) is None else None  # whole objects line by line
+    for i, line in enumerate(lines[1:] if begins == 0 else (), start=2):
+        if line.strip() and (error := _error(line)) is not None:
+            return f"line {i} is no JSON ({error.msg})"
+    error = _error(text)
+    if error is None:
+        return ""
+    return f"is JSON that breaks at line {error.lineno}, column {error.colno} ({error.msg})"
+
+
+def _error(text: str) -> json.JSONDecodeError | None:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error
+    except (ValueError, RecursionError):
+        pass
+    return None
 
 
 _MISSING = {

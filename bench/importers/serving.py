@@ -177,11 +177,11 @@ def _date(text: str) -> str:
 
 
 def _is_sglang(text: str) -> bool:
-    return has_fields(text, (*_NEEDED, "median_e2e_latency_ms"))  # vLLM calls it median_e2el_ms
+    return has_fields(text, ("completed", "median_e2e_latency_ms"))  # vLLM: median_e2el_ms
 
 
 def _is_vllm(text: str) -> bool:
-    return has_fields(text, (*_NEEDED, "request_throughput"))
+    return has_fields(text, ("completed", "request_throughput"))
 
 
 FORMATS = (

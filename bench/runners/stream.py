@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from bench.runners.base import RunnerError
+from hwmodel.cli_support import counted
 
 _LONGEST_LINE = 1 << 20
 _MOST_BYTES = 64 << 20
@@ -196,16 +197,26 @@ class Client:
             response = connection.getresponse()
             if response.status != 200:
                 answer.error = _refusal(response.status, response.read(_LONGEST_LINE))
+                answer.error += self._remedy(response)
             else:
                 _read_stream(response, answer, began)
         except (OSError, http.client.HTTPException, ValueError) as error:
             answer.error = self.reason(error)
             if answer.arrivals:
-                answer.error += f" after {len(answer.arrivals)} pieces"
+                answer.error += f" after {counted(len(answer.arrivals), 'piece')}"
         finally:
             connection.close()
         answer.ended_s = time.perf_counter() - began
         return answer
+
+    def _remedy(self, response: http.client.HTTPResponse) -> str:
+        """What the user can do about a refusal; empty where it is not known."""
+        if 300 <= response.status < 400:
+            where = str(response.getheader("Location") or "elsewhere")[:_SHOWN]
+            return f"; it sends on to {where}, give that address"
+        if response.status in (401, 403) and "Authorization" not in self._headers:
+            return "; --api-key-env NAME names the variable that holds its key"
+        return ""
 
     def reason(self, error: Exception) -> str:
         """What a failed connection means, one phrase."""
@@ -272,9 +283,8 @@ def _read_stream(response: http.client.HTTPResponse, answer: Answer, began: floa
             return
     if not answer.finish_reason:
         count = len(answer.arrivals)
-        answer.error = f"the answer stopped midway, after {count} pieces" if count else (
-            "an answer without text"
-        )  # fmt: skip
+        midway = f"the answer stopped midway, after {counted(count, 'piece')}"
+        answer.error = midway if count else "an answer without text"
 
 
 @dataclass

@@ -111,6 +111,30 @@ def test_a_server_that_misbehaves_gives_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "header", "says"),
+    [
+        (401, ("X", "y"), "HTTP 401: who are you; --api-key-env NAME names the variable"),
+        (308, ("Location", "http://b:1/v1"), "HTTP 308: .*sends on to http://b:1/v1, give that"),
+    ],
+)
+def test_a_refusal_that_the_user_can_mend_says_how(
+    server: Server, status: int, header: tuple[str, str], says: str
+) -> None:
+    def refuses(handler: Any) -> None:
+        handler.send_response(status)
+        handler.send_header(*header)
+        handler.end_headers()
+        handler.raw(b'{"error": "who are you"}')
+
+    server.script, server.own_status = refuses, True
+    with pytest.raises(RunnerError, match=says):
+        runner(server, requests=1).measure(TEST)
+    if status == 401:
+        with pytest.raises(RunnerError, match=r"who are you$"):
+            EndpointRunner(Client(server.url, "key"), requests=1).measure(TEST)
+
+
 def test_endpoints_that_are_not_there(server: Server) -> None:
     with pytest.raises(RunnerError, match="cannot be reached"):
         EndpointRunner(Client("http://127.0.0.1:9", timeout_s=1)).measure(TEST)

@@ -122,6 +122,11 @@ def test_what_is_missing_is_said_once_with_its_option() -> None:
         ("", "is empty, expected one of: llama-bench"),
         ("hello\nworld\n", "begins with 'hello'"),
         ('{"a": 1, "b": 2}', "JSON with the fields a, b"),
+        ('[{"n_prompt": 5,\n "n_ge', "is JSON that breaks at line 2, column 2 .Unterminated"),
+        ('{"pp": 5}\n\n{"pp": 5, "t', "line 3 is no JSON"),
+        ('[{"n_prompt": 5, "n_gen": 0}]', "row 1: no avg_ts"),
+        ("n_prompt,n_gen,model\n1,2,x\n", "row 1: no avg_ts"),
+        ('{"completed": 4, "request_throughput": 2}', "row 1: no total_input_tokens and no total_"),
         ('[{"n_prompt": 5, "n_gen": 0, "avg_ts": "fast"}]', "avg_ts is 'fast', expected a number"),
         ('[{"n_prompt": 5, "n_gen": 0, "avg_ts": -3}]', "row 1: avg_ts is -3"),
         ('[{"n_prompt": 5, "n_gen": 5, "avg_ts": 3}]', "without a run that can be used"),
@@ -146,6 +151,13 @@ def test_unknown_and_damaged_files_get_a_sentence(text: str, says: str, tmp_path
     path.write_text(text)
     with pytest.raises(RunFileError, match=says):
         import_runs(str(path), FULL)
+
+
+def test_a_file_that_powershell_redirected_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for coding in ("utf-16", "utf-8-sig"):
+        path.write_text((DATA / "llama-bench.json").read_text(), encoding=coding)
+        assert len(import_runs(str(path), FULL).records) == 4
 
 
 def test_impossible_speeds_are_kept_and_named_with_the_limit(tmp_path: Path) -> None:
