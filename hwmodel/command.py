@@ -94,6 +94,8 @@ def build_command(launch: Launch) -> str:
     if launch.drafts:
         add("drafts", launch.drafts)
         add("draft_model", MTP_FILE)
+        if launch.backend == "cpu":
+            add("draft_polling")
     add("template")
     return " ".join(words)
 

@@ -40,7 +40,8 @@ _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
     "flash_attention", "sequences", "split_layer", "layer_shares", "remote", "tensor", "expert",
     "machines", "expert_groups", "group_machines",
-    "memory", "host_experts", "host_expert_layers", "stream", "drafts", "draft_model", "template",
+    "memory", "host_experts", "host_expert_layers", "stream", "drafts", "draft_model",
+    "draft_polling", "template",
 )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ class Engine:
 COMMUNITY_GGUF = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K",
 )  # fmt: skip
-_STEP_FLAGS = ("drafts", "draft_model")
+_STEP_FLAGS = ("drafts", "draft_model", "draft_polling")
 
 
 def for_other_model(engine: Engine) -> Engine:

@@ -122,6 +122,15 @@ def test_llama_server_knows_every_option_of_a_command(case: dict[str, int]) -> N
     assert ("--rpc host2:50052" in command) == (case["hosts"] == 2)
 
 
+def test_drafts_on_the_processor_do_not_wait_for_polling_threads() -> None:
+    for backend, drafts, polls in (("cpu", 2, False), ("cpu", 0, True), ("cuda", 2, True)):
+        command = build_command(
+            Launch(load_engine("llama.cpp"), backend, "Q4_K_S", 4096, drafts=drafts)
+        )
+        assert ("--poll 0" not in command) == polls
+        parse(command, options("llama_server_flags.tsv"), 1)
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("split", ["tensor", "expert"])
 @pytest.mark.parametrize(("name", "before"), [("vllm", 3), ("sglang", 2)])
