@@ -312,6 +312,30 @@ def nearest_run(fit: Fit, config: Mapping[str, Any], quantity: str) -> NearestRu
     )
 
 
+def engines_measured(fit: Fit, model: str) -> dict[str, int]:
+    """How many figures of a model the fit holds by engine, most first."""
+    found: dict[str, int] = {}
+    for r in fit.runs:
+        if r.config.get("model") == model:
+            name = str(r.config.get("engine"))
+            found[name] = found.get(name, 0) + 1
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def unmeasured(fit: Fit, config: Mapping[str, Any]) -> str:
+    """That no figure of a model was measured in an engine, empty where one was.
+
+    Efficiencies of the engine then come from its runs of other models.
+    """
+    own = engines_measured(fit, str(config.get("model")))
+    if not fit.runs or str(config.get("engine")) in own:
+        return ""
+    text = f"no measured run of {config.get('model')} in {config.get('engine')}"
+    if own:
+        text += "; all are of " + ", ".join(f"{name} ({n} figures)" for name, n in own.items())
+    return text
+
+
 def describe(config: Mapping[str, Any]) -> str:
     """One line for a configuration: `Step 3.5 Flash Q4_K_S on m4max, llama.cpp, depth 8192`."""
     count = int(config.get("devices") or 1)

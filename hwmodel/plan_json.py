@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hwmodel.candidate import Candidate
+from hwmodel.fit import engines_measured
 from hwmodel.plan import Plan
 from hwmodel.plan_view import split_text
+from hwmodel.predict import config_columns
+from hwmodel.probed import fit_for
 from hwmodel.run import Estimate
 
 
@@ -131,9 +134,11 @@ def _configuration(c: Candidate) -> dict[str, Any]:
 def _provenance(plan: Plan) -> dict[str, Any]:
     e, c = plan.decode[0][1], plan.chosen
     run = e.nearest
+    columns = config_columns(c.run)
     return {
         "status": e.status,
         "reason": e.reason,
+        "engines_measured": engines_measured(fit_for(c.run), columns["model"]),
         "basis": list(e.provenance),
         "nearest_run": None
         if run is None

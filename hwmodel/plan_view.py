@@ -6,7 +6,9 @@ import textwrap
 
 from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
+from hwmodel.fit import unmeasured
 from hwmodel.plan import WORTHWHILE, Plan
+from hwmodel.predict import config_columns
 from hwmodel.probed import cache_note, fit_for, in_cache
 from hwmodel.quant import weight_bytes
 from hwmodel.run import Estimate, NearestRun
@@ -219,6 +221,9 @@ def _sure(plan: Plan) -> list[str]:
     texts = [e.status + (f": {e.reason}" if e.reason else "") + _errors(plan)]
     if e.nearest is not None:
         texts.append(f"nearest measured run: {nearest_text(e.nearest)}")
+    run = plan.chosen.run
+    if missing := unmeasured(fit_for(run), config_columns(run)):
+        texts.append(missing)
     depth = plan.decode[0][0]
     if stays := cache_note(in_cache(plan.chosen.at(depth=depth, drafts=0))):
         texts.append(f"note: {stays}")

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from hwmodel.fit import distance, from_json, load_fit, nearest_run, prior_spread, to_json
+from hwmodel.fit import (
+    distance,
+    engines_measured,
+    from_json,
+    load_fit,
+    nearest_run,
+    prior_spread,
+    to_json,
+    unmeasured,
+)
 from refimpl.errors import InputError
 
 
@@ -103,3 +112,15 @@ def test_nearest_run_prefers_model_and_device_to_depth() -> None:
 
 def test_levels_close_to_the_run_are_trusted_less_than_general_ones() -> None:
     assert prior_spread("weights/class=apple") > prior_spread("weights/device=m4max")
+
+
+def test_what_was_measured_of_a_model_in_other_engines_alone_is_said() -> None:
+    fit = load_fit()
+    only = engines_measured(fit, "deepseek-v4-flash")
+    assert set(only) == {"ds4"} and only["ds4"] > 20
+    said = unmeasured(fit, {"model": "deepseek-v4-flash", "engine": "llama.cpp"})
+    assert said.startswith("no measured run of deepseek-v4-flash in llama.cpp; all are of ds4")
+    assert unmeasured(fit, {"model": "deepseek-v4-flash", "engine": "ds4"}) == ""
+    assert unmeasured(fit, {"model": "glm-5", "engine": "vllm"}) == (
+        "no measured run of glm-5 in vllm"
+    )
