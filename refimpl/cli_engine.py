@@ -165,6 +165,7 @@ def about(model: OpenModel, made: Generation, given: dict[str, Any]) -> dict[str
     """The JSON fields that say what ran the model and how; the same is noted on stderr."""
     fields: dict[str, Any] = {"backend": model.name, "dtype": given["dtype"] or "float32"}
     if model.name == "engine":
+        fields["dtype"] = None  # its arithmetic is described below
         fields["engine"] = described = _describe(model)
         note(
             f"backend: engine ({described['simd']}, {described['threads']} threads, "

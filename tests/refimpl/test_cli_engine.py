@@ -62,7 +62,12 @@ def test_folders_and_named_arithmetic_run_on_the_reference(
     for more in (("--model", str(tiny_dir("tiny_a"))), ("--model", gguf, "--dtype", "float64")):
         record = run_json("--tokens", ids, *more)
         assert record["backend"] == "reference"
-        assert "engine" not in record
+        assert "engine" not in record and record["dtype"]
+
+
+def test_the_engine_has_activations_instead_of_a_dtype(gguf: str, ids: str) -> None:
+    record = run_json("--tokens", ids, "--model", gguf)
+    assert record["dtype"] is None and record["engine"]["activations"] == "int8"
 
 
 def test_exact_text_is_the_references_with_any_drafts(gguf: str, ids: str) -> None:
