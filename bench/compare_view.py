@@ -96,9 +96,10 @@ def _errors_table(summary: Mapping[str, Any]) -> str:
 def _errors_row(name: str, quantity: str, e: Mapping[str, Any]) -> list[str]:
     held, base = e["held_out"], e["baseline"]
     return [
-        name[:40], quantity, str(e["n"] or 0), percent(e["coverage"]), percent(e["median"]),
-        percent(e["p90"]), percent(e["worst"]), percent(e["in_band"]), percent(held["median"]),
-        percent(held["p90"]), percent(base["median"]), percent(base["p90"]),
+        name[:40] or "(not stated)", quantity, str(e["n"] or 0), percent(e["coverage"]),
+        percent(e["median"]), percent(e["p90"]), percent(e["worst"]), percent(e["in_band"]),
+        percent(held["median"]), percent(held["p90"]), percent(base["median"]),
+        percent(base["p90"]),
     ]  # fmt: skip
 
 
