@@ -170,7 +170,7 @@ class AutoDepth:
     PROBE_EVERY = 64
     BUDGET = 0.004  # share of the run's time that drafts may lose
     ALLOWANCE = 0.6  # plain steps that looks may lose besides
-    RISK = 1.1  # plain steps that steps with drafts may lose besides
+    RISK = 1.3  # plain steps that steps with drafts may lose besides
     SURE = 6  # judged drafts after which what was counted is believed
     CREDIT = 3.0  # plain steps gained that may be lost again
     WAIT, WAIT_MOST = 8, 1024  # plain steps between looks
