@@ -85,6 +85,25 @@ def _allowance(folder: Path, limit: str, use: str, prefix: str) -> list[int]:
     return []
 
 
+def require_allowed(needed: int, what: str, allowed: int, file_bytes: int) -> None:
+    """Refuse what goes beyond the memory that a process was allowed, before allocating.
+
+    Args:
+        allowed: bytes that the process may use, mapped files included.
+        file_bytes: of the files that it maps.
+
+    Raises:
+        InputError: with the arithmetic.
+    """
+    left = max(0, allowed - file_bytes - own_bytes())
+    if needed > left:
+        raise InputError(
+            f"{what} needs {needed / 1e9:.2f} GB, but of the {allowed / 1e9:.2f} GB that may be "
+            f"used {left / 1e9:.2f} GB are left beside the model's {file_bytes / 1e9:.2f} GB and "
+            "this process; allow more, or ask for a shorter context or a smaller KV type"
+        )
+
+
 def require_memory(needed: int, what: str) -> None:
     """Refuse what the machine has no room for, before allocating.
 

@@ -20,7 +20,7 @@ from refimpl.engine.caches import EngineCache, cache_bytes
 from refimpl.engine.drafting import draft_chain
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.kv import KV_TYPES, KvType
-from refimpl.engine.memory import Bytes, require_memory
+from refimpl.engine.memory import Bytes, require_allowed, require_memory
 from refimpl.engine.processor import require_half_precision
 from refimpl.engine.program import Program
 from refimpl.engine.residency import Residency
@@ -82,6 +82,7 @@ class EngineModel:
         self.program = Program(source, self.team, self._simd, exact, self._kv, micro_batch)
         slots = planned_slots(source, self.program, memory_bytes)
         self._lately: dict[int, Array] = {}
+        self._allowed = memory_bytes
         self.residency = None if slots is None else Residency(self.program, source, slots)
 
     @property
@@ -103,7 +104,7 @@ class EngineModel:
 
         Raises:
             InputError: the capacity is not between 1 and the model's context, or its memory
-                is not free.
+                is not free or more than the process may use.
         """
         limit = self.config.max_position_embeddings
         if not 0 < capacity <= limit:
@@ -112,6 +113,9 @@ class EngineModel:
         require_memory(size, self._context(capacity))
         if self.residency is not None:
             self.residency.make_room(size)
+        elif self._allowed is not None:
+            mapped = sum(file.size for file in self.program.files)
+            require_allowed(size, self._context(capacity), self._allowed, mapped)
         made = EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
         if self.residency is not None:
             weakref.finalize(made, self.residency.give_back, size).atexit = False

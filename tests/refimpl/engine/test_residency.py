@@ -209,6 +209,12 @@ def test_memory_is_divided_with_the_arithmetic(
         EngineModel(source, micro_batch=4, memory_bytes=shared)
     model = EngineModel(source, micro_batch=4, memory_bytes=size)
     assert model.residency is None
+    monkeypatch.setattr(memory, "own_bytes", lambda: 0)
+    with pytest.raises(InputError, match=r"a context of 64 tokens .* 0.00 GB are left beside the"):
+        model.new_cache(64)
+    model.close()
+    model = EngineModel(source, micro_batch=4, memory_bytes=size + model.cache_bytes(64))
+    assert model.new_cache(64).length == 0
     model.close()
     monkeypatch.setattr(budget, "available_bytes", lambda: 1000)
     with pytest.raises(InputError, match=r"may be used, but only .* are free; allow less"):
