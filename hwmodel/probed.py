@@ -83,7 +83,7 @@ def in_cache(run: RunConfig) -> RunConfig:
     """The run on the cache of its probed device where all that it reads stays there, else the run.
 
     Weights (MTP layers if it drafts) and the KV cache at its depth count, on one device that
-    states what its last cache holds and how fast it is read.
+    states what its last cache holds and that it is read faster than memory.
     """
     from hwmodel.device_file import CACHE_SIZE, CACHE_SPEED
     from hwmodel.devices import Device
@@ -94,7 +94,7 @@ def in_cache(run: RunConfig) -> RunConfig:
     if not isinstance(device, Device) or not device.peak_is_unknown or _is_cache(device):
         return run
     size, speed = device.get(CACHE_SIZE), device.get(CACHE_SPEED)
-    if size is None or speed is None:
+    if size is None or speed is None or speed.value <= device.bandwidth_bytes_per_s:
         return run
     m = ledger(run, max(1, (run.workload.depth or 0) + run.workload.prompt_tokens))
     if m.host_bytes or m.disk_bytes or _read_bytes(m) > RESIDENT * size.value:

@@ -7,9 +7,10 @@ installed beside the Python of --vllm-python:
 
     python tests/golden/make_vllm_streams.py --vllm-python PATH --out tests/bench/streams
 
-vLLM's kernels for processors lack the clamped activation of Step 3.5 Flash, so the model is a Llama
-with the embedded model's tokenizer; what it says is nonsense that repeats itself, which n-gram
-drafts guess well. The figures are of the machine at hand and go to no file.
+vLLM's experts on processors have neither the clamped activation nor the sigmoid router of Step 3.5
+Flash, so the model is a Llama with the embedded model's tokenizer; what it says is nonsense that
+repeats itself, which n-gram drafts guess well. The figures are of the machine at hand and go to no
+file.
 """
 
 from __future__ import annotations

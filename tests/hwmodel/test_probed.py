@@ -49,17 +49,17 @@ def device(folder: Path, name: str = "local", key: str = "measured_bytes_per_s")
     return read_device(path)
 
 
-CACHE = """cache_bytes_per_s = {{ value = 200e9, source = "test", as_of = "2026-11" }}
+CACHE = """cache_bytes_per_s = {{ value = {speed}, source = "test", as_of = "2026-11" }}
 [cpu]
 cache_bytes = {{ value = {size}, source = "test", as_of = "2026-11" }}
 """
 
 
-def with_cache(folder: Path, size: float, name: str = "local") -> Device:
+def with_cache(folder: Path, size: float, name: str = "local", speed: float = 200e9) -> Device:
     """The host with a last cache of so many bytes, read at 200 GB/s."""
     path = folder / f"{name}.toml"
     text = PROBED.format(name=name, key="measured_bytes_per_s")
-    path.write_text(text.replace("[flop]", CACHE.format(size=size) + "[flop]"))
+    path.write_text(text.replace("[flop]", CACHE.format(size=size, speed=speed) + "[flop]"))
     return read_device(path)
 
 
@@ -193,11 +193,14 @@ def test_the_measured_speed_of_the_embedded_model_is_within_the_band(tmp_path: P
 
 
 def test_what_does_not_fit_in_the_cache_streams_from_memory(tmp_path: Path) -> None:
-    """Weights and KV cache may fill nine tenths of it; devices in a row share nothing."""
+    """Weights and KV cache may fill nine tenths of a cache that is faster than memory; devices in
+    a row share none."""
     cases = [
         a_small_run(with_cache(tmp_path, 12e6)),
         a_small_run(with_cache(tmp_path, 16e6), depth=8192),
         a_run(with_cache(tmp_path, 32e6)),
+        a_small_run(with_cache(tmp_path, 32e6, speed=80e9)),
+        a_small_run(with_cache(tmp_path, 32e6, speed=0)),
         a_small_run(device(tmp_path)),
         a_small_run(load_device("m4max")),
     ]
