@@ -14,7 +14,7 @@ _data = click.option(
 )
 _models = click.option(
     "--models", default="checkpoints/slices", show_default=True, metavar="DIR",
-    help="Folder of the models; those that are missing are written there.",
+    help="Folder of the models; those that are missing are written there (17 GB in all).",
 )  # fmt: skip
 _threads = click.option(
     "--threads", type=click.IntRange(1, 256), metavar="N",
@@ -87,9 +87,12 @@ def probe(data: str, threads: int | None, device_file: str | None) -> None:
     """
     from bench.loop_run import PROBE, write_probe
     from hwmodel.devices import user_folder
+    from hwmodel.errors import RequestError
     from refimpl.engine.threads import default_threads
 
     path = Path(device_file) if device_file else user_folder() / "local.toml"
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; write it with 'bench probe', or name another")
     found = write_probe(Path(data), path, threads or default_threads())
     click.echo(f"last cache: {found['cache_bytes_per_s'] / 1e9:.1f} GB/s")
     note(f"wrote {Path(data) / PROBE}")
