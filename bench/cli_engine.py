@@ -140,7 +140,7 @@ def _llama(program: str | None, no_amx: str | None) -> dict[str, Runner]:
 
 @engine.command()
 @click.option("--model", default="checkpoints/slices/residency.gguf", show_default=True,
-              metavar="PATH", help="The slice; written there if it is missing (7.3 GB).")  # fmt: skip
+              metavar="PATH", help="The slice; written if it is missing (7.3 GB).")  # fmt: skip
 @click.option("--experts", type=click.IntRange(min=32), default=192, show_default=True, metavar="N",
               help="Experts of a slice that is written.")  # fmt: skip
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=5.0,
