@@ -205,7 +205,14 @@ def _gains(axes: Axes, plan: Plan) -> None:
 
 
 def cost_picture(plans: Sequence[Plan]) -> Figure:
-    """Dollars per million output tokens against speed: bought and, where known, rented."""
+    """Dollars per million output tokens against speed: bought and, where known, rented.
+
+    Raises:
+        RequestError: no price of any of the machines is known.
+    """
+    if not any(map(_has_price, plans)):
+        names = ", ".join(p.chosen.device.name for p in plans)
+        raise RequestError(f"no price is known for {names}; 'hwmodel cost --buy USD' takes one")
     with style():
         figure, axes = blank("Cost against speed", _cost_note(plans))
         for i, plan in enumerate(plans):

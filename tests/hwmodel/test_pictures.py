@@ -85,6 +85,15 @@ def test_all_pictures_leave_out_what_a_model_has_not(tmp_path: Path) -> None:
     assert {p.stem for p in tmp_path.glob("*.png")} == set(PICTURES) - {"mtp"}
 
 
+def test_costs_without_a_price_are_refused_and_named_beside_others(tmp_path: Path) -> None:
+    args = ["plot", "cost", "--out", str(tmp_path / "cost.svg"), "--device", "epyc-9965-1s"]
+    run = CliRunner().invoke(main, args)
+    assert run.exit_code == 2 and "no price is known for epyc-9965-1s" in run.output
+    plans = [make_plan(make_request(d, step_shape())) for d in ("m4max", "epyc-9965-1s")]
+    labels = [t.get_text() for t in PICTURES["cost"](plans).legends[0].get_texts()]
+    assert ["(no price is known)" in label for label in labels] == [False, True, False]
+
+
 def test_the_roofline_command_prints_its_phases(tmp_path: Path) -> None:
     out = tmp_path / "roof.png"
     run = CliRunner().invoke(main, ["roofline", "--device", "m4max", "--plot", str(out)])
