@@ -9,6 +9,7 @@ from typing import Any
 
 from hwmodel import names
 from hwmodel.errors import DeviceFileError
+from hwmodel.files import read_short
 from hwmodel.quantity import Quantity, read_quantity
 
 # class -> the backends of a file that states none, first choice first
@@ -49,15 +50,16 @@ CACHE_SPEED, CACHE_SIZE = "bandwidth.cache_bytes_per_s", "cpu.cache_bytes"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a table.
+    """A TOML file (`-` for standard input) as a table.
 
     Raises:
         DeviceFileError: the file is missing, too large to be one of ours, or not TOML.
     """
     try:
-        if path.stat().st_size > 1 << 20:
+        found = read_short(path, 1 << 20)
+        if found is None:
             raise DeviceFileError(f"{path}: larger than 1 MiB, expected a short TOML file")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(found.decode("utf-8"))
     except OSError as error:
         raise DeviceFileError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -88,6 +88,7 @@ from hwmodel.device_file import (
     read_toml,
 )
 from hwmodel.errors import DeviceFileError, UnknownNameError
+from hwmodel.files import STDIN
 from hwmodel.quantity import Quantity, read_quantity
 
 LOCAL = "local"
@@ -266,14 +267,15 @@ def is_own(text: str) -> bool:
 
 
 def load_device(name_or_path: str | Path) -> Device:
-    """A device by name (any alias, any case), by the path of its file, or this host (`local`).
+    """A device by name (any alias, any case), by the path of its file (`-`: standard input), or
+    this host (`local`).
 
     Raises:
         UnknownNameError: no such name; the nearest ones are offered.
         DeviceFileError: the file is missing, is not TOML, lacks a source or a required number.
     """
     text = str(name_or_path).strip()
-    if text.endswith(".toml") or os.sep in text:
+    if text.endswith(".toml") or os.sep in text or text == STDIN:
         return read_device(Path(text))
     if text.lower() == LOCAL:
         from hwmodel.local import local_device

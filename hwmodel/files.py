@@ -1,12 +1,29 @@
-"""Writing a file whole or not at all."""
+"""Reading a short file; writing a file whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+STDIN = "-"
+
+
+def read_short(path: Path | str, most: int) -> bytes | None:
+    """The bytes of a file, or of standard input for `-`; None where they are more than `most`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if str(path) == STDIN:
+        found = sys.stdin.buffer.read(most + 1)
+    else:
+        with open(path, "rb") as file:
+            found = file.read(most + 1)
+    return None if len(found) > most else found
 
 
 def write_whole(path: Path, data: bytes) -> None:

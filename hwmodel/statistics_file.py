@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from hwmodel.errors import RequestError
+from hwmodel.files import read_short
 from hwmodel.model import ModelShape
 
 MAX_BYTES = 1 << 24
@@ -45,9 +45,10 @@ def read_stats(path: str, model: ModelShape) -> tuple[Figures, Figures]:
 
 def _load(path: str) -> Any:
     try:
-        if Path(path).stat().st_size > MAX_BYTES:
+        found = read_short(path, MAX_BYTES)
+        if found is None:
             raise RequestError(f"--stats {path}: larger than 16 MiB, expected a statistics file")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(found.decode("utf-8"))
     except OSError as error:
         raise RequestError(f"--stats {path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -21,6 +21,7 @@ from hwmodel.candidate import Candidate
 from hwmodel.cost import API_MODEL, Terms, api_usd
 from hwmodel.devices import read_toml
 from hwmodel.errors import RequestError, UnknownNameError
+from hwmodel.files import STDIN
 from hwmodel.predict import predict
 
 MAX_TURNS = 10_000
@@ -68,15 +69,15 @@ def _folder() -> Path:
 
 
 def load_profile(name: str) -> Profile:
-    """A profile by name, or by the path of a TOML file.
+    """A profile by name, or by the path of a TOML file (`-`: standard input).
 
     Raises:
         UnknownNameError: no such profile.
         RequestError: the file is not valid; names the entry.
         DeviceFileError: the file cannot be read.
     """
-    if name.endswith(".toml"):
-        return parse_profile(read_toml(Path(name)), name)
+    if name.endswith(".toml") or name == STDIN:
+        return parse_profile(read_toml(Path(name)), "standard input" if name == STDIN else name)
     if name not in profile_names():
         import difflib
 

@@ -1,12 +1,25 @@
-"""Reports and tables are written whole, and nothing but files is replaced."""
+"""Short files come from standard input too; reports and tables are written whole, and nothing but
+files is replaced."""
 
 import os
 import stat
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from hwmodel.files import check_writable, write_whole
+from hwmodel.cli import main
+from hwmodel.files import check_writable, read_short, write_whole
+
+DEVICE = """
+schema = 1
+name = "box"
+class = "apple"
+[memory]
+total_bytes = { value = 256e9, source = "unverified", as_of = "2026-11" }
+[bandwidth]
+peak_bytes_per_s = { value = 6e11, source = "unverified", as_of = "2026-11" }
+"""
 
 
 def test_a_pipe_is_refused_and_stays(tmp_path: Path) -> None:
@@ -38,3 +51,26 @@ def test_a_name_is_checked_without_leaving_or_changing_anything(tmp_path: Path) 
         with pytest.raises(OSError) as error:
             check_writable(bad)
         assert error.value.filename == str(bad)
+
+
+def test_short_files_are_read_whole_or_refused_by_size(tmp_path: Path) -> None:
+    file = tmp_path / "short"
+    file.write_bytes(b"12345")
+    assert read_short(file, 5) == b"12345" and read_short(file, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (
+            ["workload", "-", "--device", "m4max"],
+            "[[turns]]\ninput_tokens = 9\nanswer_tokens = 5\n",
+        ),
+        (["devices", "check", "-"], DEVICE),
+        (["plan", "--device", "-"], DEVICE),
+        (["plan", "--device", "m4max", "--stats", "-"], '{"acceptance": [0.9, 0.8, 0.7]}'),
+    ],
+)
+def test_a_dash_reads_standard_input(args: list[str], text: str) -> None:
+    run = CliRunner().invoke(main, args, input=text)
+    assert run.exit_code == 0, run.output
