@@ -103,6 +103,21 @@ def test_datasheet_figures_that_anyone_can_look_up() -> None:
     assert load_device("h100").flop_per_s["bf16"] == 989e12
 
 
+# cards whose integer units engines do not multiply with: none beside the 16-bit ones, or very few
+FEW_INTEGERS = ("p40", "v100", "b300")
+NVIDIA = [n for n in SHIPPED if load_device(n).device_class.startswith("nvidia")]
+
+
+@pytest.mark.parametrize("name", [n for n in NVIDIA if n not in FEW_INTEGERS])
+def test_integers_run_at_a_fixed_ratio_to_16_bits_on_nvidia(name: str) -> None:
+    """Twice, or four times where sums in fp32 halve fp16: a card without its rate would be
+    predicted slower in llama.cpp than a lesser one that states it."""
+    device = load_device(name)
+    halved = "GeForce" in device.title or name == "dgx-spark"
+    ratio = device.flop_per_s["int8"] / device.flop_per_s["fp16"]
+    assert ratio == pytest.approx(4 if halved else 2, rel=0.02)
+
+
 def test_devices_alone_in_their_machine_are_linked_by_the_network() -> None:
     spark, h100 = load_device("dgx-spark"), load_device("h100")
     assert (spark.link_kind, spark.link_bytes_per_s) == ("RoCE", 25e9)
