@@ -35,6 +35,7 @@ class Launch:
         layer_shares: layers on each device where a layer split must not be even.
         file: the checkpoint to load, where it is given.
         model: title of the model, for the name of a file that nobody published.
+        holds_mtp: whether the checkpoint holds the MTP layers, so that no other file is needed.
     """
 
     engine: Engine
@@ -52,6 +53,7 @@ class Launch:
     layer_shares: tuple[int, ...] = ()
     file: str = ""
     model: str = STEP_TITLE
+    holds_mtp: bool = False
 
 
 def weights_name(engine: Engine, quant: str, file: str = "", model: str = STEP_TITLE) -> str:
@@ -93,7 +95,8 @@ def build_command(launch: Launch) -> str:
         add("micro_batch", launch.micro_batch)
     if launch.drafts:
         add("drafts", launch.drafts)
-        add("draft_model", MTP_FILE)
+        if not launch.holds_mtp:
+            add("draft_model", MTP_FILE)
         if launch.backend == "cpu":
             add("draft_polling")
     add("template")

@@ -145,6 +145,7 @@ def command_of(candidate: Candidate, drafts: int = 0) -> str:
         backend=candidate.backend,
         quant=candidate.run.quant.name,
         file=candidate.run.quant.file,
+        holds_mtp=candidate.run.quant.holds_mtp,
         model=candidate.run.model.title,
         context=candidate.context,
         count=candidate.count,

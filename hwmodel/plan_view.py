@@ -200,7 +200,8 @@ def split_text(candidate: Candidate) -> str:
 
 
 def _files(plan: Plan) -> str:
-    engine, quant, file = plan.chosen.engine, plan.chosen.run.quant.name, plan.chosen.run.quant.file
+    engine, kind = plan.chosen.engine, plan.chosen.run.quant
+    quant, file = kind.name, kind.file
     title = plan.chosen.run.model.title
     name, repository = weights_name(engine, quant, file, title), engine.repositories.get(quant)
     if file:
@@ -211,7 +212,7 @@ def _files(plan: Plan) -> str:
         text = f"{name} from https://huggingface.co/{repository}"
     else:
         text = f"{name}: your own conversion, or one of the community's of that type"
-    if plan.best_drafts and engine.flags.get("draft_model"):
+    if plan.best_drafts and engine.flags.get("draft_model") and not kind.holds_mtp:
         text += f"; {MTP_FILE}: the MTP layers, which the first official GGUF lacks"
     return text
 

@@ -99,6 +99,7 @@ class Quant:
             checkpoint), or `plain`.
         sizes: for `file`, stored bytes of each tensor of the model, in the model's order.
         down: storage type of the routed experts' down projections where it is another.
+        holds_mtp: for `file`, whether the MTP layers are in it.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Quant:
     rest: str = "BF16"
     sizes: tuple[int, ...] = ()
     down: str = ""
+    holds_mtp: bool = False
 
     @property
     def family(self) -> str:

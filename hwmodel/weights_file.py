@@ -49,10 +49,11 @@ def read_weights(path: Path, model: ModelShape | None = None) -> tuple[ModelShap
     bits = sum(b * n for b, n in matrices) / sum(n for _, n in matrices)
     usual = _TYPICAL if path.is_dir() else _GGUF_TYPICAL
     default = min(usual, key=lambda name: abs(bits_per_weight(name) - bits))
+    holds_mtp = shape.mtp_layers > 0
     if model is not None:
         sizes = _sizes_in(model, shape, sizes, path)
         shape = model
-    return shape, Quant(str(path), default, "file", sizes=sizes)
+    return shape, Quant(str(path), default, "file", sizes=sizes, holds_mtp=holds_mtp)
 
 
 def _sizes_in(

@@ -131,6 +131,19 @@ def test_drafts_on_the_processor_do_not_wait_for_polling_threads() -> None:
         parse(command, options("llama_server_flags.tsv"), 1)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_file_that_holds_the_mtp_layers_drafts_without_another(inside: bool) -> None:
+    """llama-server drafts with the layers of the model itself where no draft model is named."""
+    command = build_command(
+        Launch(
+            load_engine("llama.cpp"), "cpu", "Q4_K_S", 4096, drafts=2, file="own.gguf",
+            holds_mtp=inside,
+        )
+    )  # fmt: skip
+    assert "--spec-type draft-mtp --spec-draft-n-max 2" in command
+    assert ("--spec-draft-model" in command) != inside
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("split", ["tensor", "expert"])
 @pytest.mark.parametrize(("name", "before"), [("vllm", 3), ("sglang", 2)])

@@ -65,6 +65,7 @@ def test_bytes_are_those_on_disk(
     assert weight_bytes(shape, quant, mtp=True) == stored
     assert quant.default == "BF16"
     assert set(role_bytes(shape, quant)) >= {"attention", "routed", "shared", "mtp"}
+    assert quant.holds_mtp
 
 
 def test_a_file_can_be_predicted(tiny_dir: Callable[[str], Path]) -> None:
@@ -91,7 +92,7 @@ def test_a_trunk_file_has_its_own_bytes_and_those_of_the_published_mtp_file(
 ) -> None:
     shape, quant = read_weights(full_size, step_shape())
     assert shape is step_shape()
-    assert quant.default == "Q4_K"
+    assert (quant.default, quant.holds_mtp) == ("Q4_K", False)
     # norms and biases are float32 in a GGUF; all else is the mixture's own size
     assert weight_bytes(shape, quant) == pytest.approx(111.494e9, rel=1e-4)
     assert role_bytes(shape, quant)["routed"] == role_bytes(shape, load_quant("Q4_K_S"))["routed"]
