@@ -12,9 +12,10 @@ from bench.plots import name_sources
 from bench.problem import per_user
 from bench.resolve import resolve
 from bench.runs import RunRecord
-from hwmodel.fit import Fit, seconds
+from hwmodel.fit import Fit, load_fit, seconds
 from hwmodel.plots import COLOURS, FONT, GREY, MARKERS, look, style
 from hwmodel.predict import step_parts
+from hwmodel.probed import fit_for, in_cache
 from hwmodel.run import RunConfig
 from refimpl.errors import RefimplError
 
@@ -185,6 +186,8 @@ def _gain(rows: Sequence[RunRecord], fit: Fit) -> Gain | None:
 
 
 def _tok_s(run: RunConfig, fit: Fit) -> float:
+    run = in_cache(run)
+    fit = fit_for(run) if fit is load_fit() else fit  # as `bench.compare` chooses
     parts, amount = step_parts(run, "decode_tok_s")
     return amount / seconds(parts, fit)
 

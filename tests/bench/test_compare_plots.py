@@ -1,6 +1,7 @@
 """Bytes by role, the gain of drafts and residuals: the values and what the pictures say."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from bench.compare_plots import (
 from bench.resolve import resolve
 from bench.runs import RunRecord, published_runs_path, read_runs
 from hwmodel.fit import load_fit
+from hwmodel.predict import predict
 from hwmodel.quant import weight_bytes
 
 
@@ -56,6 +58,43 @@ def test_gains_are_ratios_within_a_sweep(records: list[RunRecord]) -> None:
     assert all(0.5 < v < 2.5 for g in found for v in g.predicted.values())
     shown = texts(gains_figure(records, load_fit(), "measured: runs.csv"))
     assert "drafts per step" in shown and "speed-up over no drafts" in shown
+
+
+HOST = """schema = 1
+name = "host"
+class = "cpu"
+[memory]
+total_bytes = { value = 512e9, source = "test", as_of = "2026-11" }
+[bandwidth]
+measured_bytes_per_s = { value = 90e9, source = "test", as_of = "2026-11" }
+cache_bytes_per_s = { value = 900e9, source = "test", as_of = "2026-11" }
+[flop]
+measured_fp32_per_s = { value = 2e12, source = "test", as_of = "2026-11" }
+[cpu]
+cache_bytes = { value = CACHE, source = "test", as_of = "2026-11" }
+"""
+
+
+@pytest.mark.parametrize("cache", ["32e6", "400e9"])
+def test_gains_of_a_probed_host_are_those_that_its_rows_are_predicted_with(
+    records: list[RunRecord], tmp_path: Path, cache: str
+) -> None:
+    """With the host's own effects, and from its last cache where the model stays there."""
+    path = tmp_path / "host.toml"
+    path.write_text(HOST.replace("CACHE", cache))
+    sweep = "s35-pr20981-Q4_K_S-32768"
+    rows = [
+        dataclasses.replace(r, device=str(path), n_devices=1.0, backend="cpu")
+        for r in records
+        if r.sweep == sweep
+    ]
+    found = gains(rows, load_fit())[0]
+    speeds = [
+        predict(resolve(next(r for r in rows if r.drafts == n)), "decode_tok_s").value
+        for n in (0, 2)
+    ]
+    assert speeds[0] and speeds[1]
+    assert found.predicted[2] == pytest.approx(speeds[1] / speeds[0])
 
 
 def test_a_sweep_without_a_plain_run_has_no_gain(records: list[RunRecord]) -> None:
