@@ -4,10 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.source import WeightSource
 from refimpl.checkpoint.synth import PRESETS, synthesize
+
+# A busy machine may hold a process up for seconds: the time of an example says nothing about it.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

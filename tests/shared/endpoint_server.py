@@ -58,10 +58,11 @@ class Server:
                 self.script(handler)
                 return
             self.tokens(handler, body["max_tokens"])
-            self.finish(handler, body)
         finally:
+            # before the client can know the end and ask the next: this thread may go on much later
             with self.lock:
                 self.now -= 1
+        self.finish(handler, body)
 
     def tokens(self, handler: Any, count: int) -> None:
         began = time.perf_counter()
