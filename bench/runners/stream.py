@@ -313,7 +313,7 @@ def _take(data: bytes, answer: Answer, now: float, heard: _Heard) -> bool:
         event = json.loads(data)
         if not isinstance(event, dict):
             raise ValueError
-        if "error" in event:
+        if event.get("error") is not None:
             answer.error = f"the server says: {_said(event['error'])}"
             return False
         for choice in (event.get("choices") or [])[:1]:

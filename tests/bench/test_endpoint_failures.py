@@ -52,6 +52,19 @@ def test_one_broken_answer_does_not_spoil_the_others(server: Server) -> None:
     assert len(found["errors"]) == 1
 
 
+def test_an_error_that_is_null_is_none(server: Server) -> None:
+    """Some servers and gateways write every field of their answers."""
+
+    def writes_all(handler: Any) -> None:
+        handler.event({"error": None, "choices": [{"delta": {"content": "x"}}]})
+        server.tokens(handler, 11)
+        server.finish(handler, server.bodies[-1])
+
+    server.script = writes_all
+    found = runner(server, requests=1).measure(TEST).record
+    assert (found["complete"], found["n_gen"], found["errors"]) == (1, 12, [])
+
+
 def http_error(handler: Any) -> None:
     handler.send_response(503)
     handler.end_headers()
