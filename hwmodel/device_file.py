@@ -9,7 +9,7 @@ from typing import Any
 
 from hwmodel import names
 from hwmodel.errors import DeviceFileError
-from hwmodel.files import read_short
+from hwmodel.files import STDIN, read_short
 from hwmodel.quantity import Quantity, read_quantity
 
 # class -> the backends of a file that states none, first choice first
@@ -49,21 +49,27 @@ PEAK, MEASURED = "bandwidth.peak_bytes_per_s", "bandwidth.measured_bytes_per_s"
 CACHE_SPEED, CACHE_SIZE = "bandwidth.cache_bytes_per_s", "cpu.cache_bytes"
 
 
+def file_name(path: Path | str) -> str:
+    """What a file is called in messages."""
+    return "standard input" if str(path) == STDIN else str(path)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file (`-` for standard input) as a table.
 
     Raises:
         DeviceFileError: the file is missing, too large to be one of ours, or not TOML.
     """
+    file = file_name(path)
     try:
         found = read_short(path, 1 << 20)
         if found is None:
-            raise DeviceFileError(f"{path}: larger than 1 MiB, expected a short TOML file")
+            raise DeviceFileError(f"{file}: larger than 1 MiB, expected a short TOML file")
         return tomllib.loads(found.decode("utf-8"))
     except OSError as error:
-        raise DeviceFileError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DeviceFileError(f"{file}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DeviceFileError(f"{path}: not a TOML file ({error})") from error
+        raise DeviceFileError(f"{file}: not a TOML file ({error})") from error
 
 
 def by_threads(
@@ -106,7 +112,7 @@ def check_top(raw: Mapping[str, Any], file: Path | str) -> None:
     if extra:
         raise DeviceFileError(f"{file}: unknown key '{extra[0]}'")
     if raw.get("schema") != 1:
-        raise DeviceFileError(f"{file}: 'schema' is {raw.get('schema')!r}, expected 1")
+        raise DeviceFileError(f"{file}: 'schema' {_found(raw, 'schema')}, expected 1")
     if not isinstance(raw.get("name"), str) or not raw["name"].strip():
         raise DeviceFileError(f"{file}: 'name' {_found(raw, 'name')}, expected a short text")
     if raw.get("class") not in DEVICE_CLASSES:

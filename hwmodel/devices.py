@@ -84,6 +84,7 @@ from hwmodel.device_file import (
     by_threads,
     check_quantities,
     check_top,
+    file_name,
     read_sources,
     read_toml,
 )
@@ -301,7 +302,7 @@ def read_device(path: Path) -> Device:
     Raises:
         DeviceFileError: see `load_device`.
     """
-    return parse_device(read_toml(path), path)
+    return parse_device(read_toml(path), file_name(path))
 
 
 def parse_device(raw: Mapping[str, Any], file: Path | str) -> Device:

@@ -224,6 +224,7 @@ def test_unknown_devices_are_refused_with_the_nearest_names() -> None:
         ('class = "nvidia-consumer"', 'class = "toaster"', "'class' is 'toaster'"),
         ('api = ["cuda"]', 'api = ["cudda"]', "unknown backend 'cudda'"),
         ("schema = 1", "schema = 9", "'schema' is 9"),
+        ("schema = 1\n", "", "'schema' is missing, expected 1"),
         ('name = "My-Box"', "name = 3", "'name' is 3"),
         ('as_of = "2026-03" }', 'as_of = "2026-03", surce = "x" }', "unknown entry 'surce'"),
         ("[memory]", "[memory", "not a TOML file"),

@@ -59,18 +59,25 @@ def test_short_files_are_read_whole_or_refused_by_size(tmp_path: Path) -> None:
     assert read_short(file, 5) == b"12345" and read_short(file, 4) is None
 
 
-@pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (
-            ["workload", "-", "--device", "m4max"],
-            "[[turns]]\ninput_tokens = 9\nanswer_tokens = 5\n",
-        ),
-        (["devices", "check", "-"], DEVICE),
-        (["plan", "--device", "-"], DEVICE),
-        (["plan", "--device", "m4max", "--stats", "-"], '{"acceptance": [0.9, 0.8, 0.7]}'),
-    ],
-)
+DASHES = [
+    (
+        ["workload", "-", "--device", "m4max"],
+        "[[turns]]\ninput_tokens = 9\nanswer_tokens = 5\n",
+    ),
+    (["devices", "check", "-"], DEVICE),
+    (["plan", "--device", "-"], DEVICE),
+    (["plan", "--device", "m4max", "--stats", "-"], '{"acceptance": [0.9, 0.8, 0.7]}'),
+]
+
+
+@pytest.mark.parametrize("args", [args for args, _ in DASHES if "--stats" not in args])
+def test_standard_input_has_a_name_in_refusals(args: list[str]) -> None:
+    run = CliRunner().invoke(main, args, input="[")
+    assert run.exit_code == 2
+    assert run.output.startswith("error: standard input: not a TOML file")
+
+
+@pytest.mark.parametrize(("args", "text"), DASHES)
 def test_a_dash_reads_standard_input(args: list[str], text: str) -> None:
     run = CliRunner().invoke(main, args, input=text)
     assert run.exit_code == 0, run.output
