@@ -163,16 +163,35 @@ def test_ctrl_c_while_loading_ends_quietly(model: str, monkeypatch: pytest.Monke
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "refimpl: interrupted\n")
 
 
+# Decoding waits at its 20th step until standard input ends, so that the reader leaves before.
+WAITING = """
+import itertools, sys
+from refimpl.cli import main
+from refimpl.reference.model import ReferenceModel
+
+def decode(*given, count=itertools.count(), plain=ReferenceModel.decode):
+    if next(count) == 20:
+        sys.stdin.read()
+    return plain(*given)
+
+ReferenceModel.decode = decode
+main()
+"""
+
+
 def test_a_reader_that_leaves_early_is_no_error(model: str) -> None:
-    command = [sys.executable, "-c", "from refimpl.cli import main; main()"]
-    command += ["generate", "abc", "--model", model, "--max-new-tokens", "400"]
+    command = [sys.executable, "-c", WAITING]
+    command += ["generate", "abc", "--model", model, "--max-new-tokens", "60"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment
     ) as process:
+        assert process.stdin is not None
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
         process.stdout.close()
+        process.stdin.close()
         errors = process.stderr.read().decode()
     assert process.returncode == 141
     assert errors == ""
