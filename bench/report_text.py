@@ -10,6 +10,7 @@ from typing import Any
 from bench.compare import COMPARED, worst_rows
 from bench.markdown import markdown
 from bench.report import Sources, row_notes
+from hwmodel.cli_support import counted
 
 WORST = 20
 NAMES = {"decode_tok_s": "decode", "prefill_tok_s": "prefill"}
@@ -286,7 +287,8 @@ def _loop(where: Path, link: Link) -> list[str]:
     points = [
         (r["id"], "probe" if r["probe"] else "outside", _number(r["measured"]),
          _number(r["predicted"]), f"{_number(r['low'])} to {_number(r['high'])}",
-         f"{r['ratio']:.2f}" if r["ratio"] else "", f"{r['basis']}, {r['rounds']} rounds")
+         f"{r['ratio']:.2f}" if r["ratio"] else "",
+         f"{r['basis']}, {counted(r['rounds'], 'round')}")
         for r in loop["rows"]
     ]  # fmt: skip
     return [
