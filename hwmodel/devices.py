@@ -30,6 +30,7 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
 
     [flop]                         # dense peaks
     bf16_per_s = { ... }
+    int8_per_s = { ... }           # what llama.cpp multiplies with on NVIDIA, whatever is stored
     measured_fp32_per_s = { ... }  # what a matrix product of this type reached
 
     [overhead]
@@ -57,6 +58,7 @@ variable `HWMODEL_DEVICES` names (default `~/.config/hwmodel/devices`). The form
 
     [cpu]
     threads = { ... }
+    cache_bytes = { ... }          # all last-level caches together
 
 A device whose peak bandwidth nobody states (a virtual machine, say) may state the measured one
 alone; `bench probe` writes such a file for this host, each number with the quartiles of its samples
