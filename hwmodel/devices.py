@@ -248,9 +248,15 @@ class Device:
 
 
 def user_folder() -> Path:
-    """Where a user's own device files are looked for."""
-    stated = os.environ.get("HWMODEL_DEVICES")
-    return Path(stated) if stated else Path.home() / ".config" / "hwmodel" / "devices"
+    """Where a user's own device files are looked for; below the working folder where the user has
+    no home, as in containers that give a bare number."""
+    if stated := os.environ.get("HWMODEL_DEVICES"):
+        return Path(stated)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path()
+    return home / ".config" / "hwmodel" / "devices"
 
 
 def _shipped_folder() -> Path:

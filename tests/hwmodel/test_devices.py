@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hwmodel.device_file import DEFAULT_API, DEVICE_CLASSES
-from hwmodel.devices import device_names, load_device, parse_device, read_device
+from hwmodel.devices import device_names, load_device, parse_device, read_device, user_folder
 from hwmodel.errors import DeviceFileError, UnknownNameError
 from hwmodel.names import canonical
 
@@ -137,6 +137,21 @@ def test_a_user_adds_a_file_by_path_or_in_a_folder(
     monkeypatch.setenv("HWMODEL_DEVICES", str(tmp_path))
     assert load_device("MY-BOX").name == "my-box"
     assert "my-box" in device_names()
+
+
+def test_a_user_without_a_home_has_the_shipped_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable names one, and the user's number has no account."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "HWMODEL_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", unknown)
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    assert user_folder() == Path(".config/hwmodel/devices")
+    assert load_device("h100").name == "h100"
 
 
 def test_local_describes_this_host_and_prefers_the_probe(
