@@ -1,5 +1,6 @@
 """A moment of a cache takes no memory for rings until rows that it needs are to be overwritten."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,40 @@ def test_a_moment_that_nobody_holds_is_not_copied_for(model: Any) -> None:
     assert list(cache._moments) == [moment]
     del moment
     assert not len(cache._moments)
+
+
+def drafted(model: Any, cache: EngineCache, tokens: list[int]) -> list[np.ndarray]:
+    """Logits of the trunk and of two drafts in each step, `tokens` being the verified ones."""
+    seen: list[np.ndarray] = []
+
+    def choose(logits: np.ndarray) -> int:
+        seen.append(logits.copy())
+        return int(np.argmax(logits))
+
+    for token, following in pairwise(tokens):
+        step = model.decode([token], cache)
+        seen.append(step.logits[0].copy())
+        model.draft(cache, step.hidden, [following], 2, choose)
+    return seen
+
+
+@pytest.mark.parametrize("more", [3, 60])
+def test_back_at_a_moment_drafts_have_the_same_bits(model: Any, more: int) -> None:
+    """Rings of MTP layers included, into which drafts go that did not stand."""
+    cache, prompt = model.new_cache(512), rows(200)
+    step = model.prefill(prompt, cache)
+    model.draft(cache, step.hidden, [*prompt[1:], 7], 2, lambda row: int(np.argmax(row)))
+    moment = cache.snapshot()
+    first = moment.places[1][1]
+    assert moment.places[1] == (cache.mtp.start[0], first) and first < 300
+    expected = drafted(model, cache, [7, *rows(12, 1)])
+    for seed in (2, 3):
+        cache.restore(moment)
+        drafted(model, cache, [7, *rows(more, seed)])
+        assert (moment.rows is None) == (more == 3)
+        cache.restore(moment)
+        found = drafted(model, cache, [7, *rows(12, 1)])
+        cache.restore(moment)
+        assert len(found) == len(expected) == 36
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
