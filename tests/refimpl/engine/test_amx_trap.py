@@ -94,8 +94,9 @@ WRONG: dict[str, tuple[str, Changes]] = {
 def python(code: list[str], **environment: str) -> str:
     """Standard output of an interpreter; its standard error where it fails."""
     done = subprocess.run(
-        [sys.executable, *code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+        [sys.executable, *code], env={**os.environ, **environment}, capture_output=True, text=True,
+        timeout=600,  # seconds are needed; an instruction that is tried for ever has no end
+    )  # fmt: skip
     assert done.returncode == 0, f"code {done.returncode}: {done.stderr}"
     return done.stdout
 
