@@ -220,14 +220,11 @@ class Bench:
         return self._rng.integers(self.backend.config.vocab_size, size=count)
 
     def _resident(self, cache: Any) -> dict[str, int] | None:
-        from refimpl.engine.resident import resident
+        from refimpl.engine.resident import resident_of
 
         if not hasattr(self.backend, "working_memory"):
             return None
-        caches = [] if cache is None else cache.blocks()
-        held = getattr(self.backend, "residency", None)
-        experts = [] if held is None else [held.area]
-        return resident(self.path, caches, self.backend.working_memory(), experts)
+        return resident_of(self.backend, [] if cache is None else cache.blocks())
 
 
 class _Loop:

@@ -48,6 +48,14 @@ def resident(
     }
 
 
+def resident_of(model: Any, caches: Iterable[NDArray[Any]]) -> dict[str, int] | None:
+    """The same of a process that has an `EngineModel` open, all of its files counted, with the
+    arrays of its caches."""
+    experts = [] if model.residency is None else [model.residency.area]
+    paths = [Path(file.path) for file in model.files]
+    return resident(paths, caches, model.working_memory(), experts)
+
+
 def _smaps(models: Sequence[Path]) -> tuple[int, int]:
     """Resident bytes of the process, and those that are maps of files or folders."""
     total = mapped = 0

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,7 @@ from refimpl.engine.expert_files import expert_slices
 from refimpl.engine.files import disk_bytes_read
 from refimpl.engine.model import EngineModel
 from refimpl.engine.probe import read_bandwidth
-from refimpl.engine.resident import resident
+from refimpl.engine.resident import resident_of
 from refimpl.inventory import inventory
 
 
@@ -173,10 +172,7 @@ class Meter:
 
     def resident(self) -> dict[str, int] | None:
         """Where this process's memory is, the newest cache's included."""
-        model, caches = self._model, [] if self._cache is None else self._cache.blocks()
-        experts = [] if model.residency is None else [model.residency.area]
-        paths = [Path(file.path) for file in model.files]
-        return resident(paths, caches, model.working_memory(), experts)
+        return resident_of(self._model, [] if self._cache is None else self._cache.blocks())
 
     def _fetching(self, tokens: int) -> dict[str, Any]:
         """What was read of experts, for a model larger than memory; replaces the hit rate."""

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from refimpl.checkpoint.synth import tiny_a
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.formats import FORMATS
 from refimpl.engine.model import EngineModel
+from refimpl.engine.resident import resident_of
 from refimpl.engine.stats import Meter
 from refimpl.errors import InputError
 
@@ -112,6 +114,21 @@ def test_experts_that_were_read_into_memory_are_the_models(tmp_path: Path) -> No
     assert without["model_bytes"] == 0
     assert held["model_bytes"] == experts.nbytes
     assert held["other_bytes"] < held["total_bytes"] - experts.nbytes + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose memory it is")
+def test_all_files_of_a_model_are_the_models(tmp_path: Path) -> None:
+    """As of one split over several, or with its MTP layers apart; a file beside them is not."""
+    maps = []
+    for name in ("one/a", "two/b", "two/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\1" * (1 << 20))
+        maps.append(np.memmap(tmp_path / name, mode="r"))
+        assert maps[-1].sum() == 1 << 20
+    files = [SimpleNamespace(path=str(tmp_path / name)) for name in ("one/a", "two/b")]
+    model = SimpleNamespace(files=files, residency=None, working_memory=lambda: [])
+    found = resident_of(model, [])
+    assert found is not None and found["model_bytes"] == 2 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says whose memory it is")
