@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: small seeded checkpoints, made once per run."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import HealthCheck, settings
 from refimpl.checkpoint.open import open_checkpoint
 from refimpl.checkpoint.source import WeightSource
 from refimpl.checkpoint.synth import PRESETS, synthesize
+
+# No test sees device files that the user of this machine keeps.
+os.environ["HWMODEL_DEVICES"] = str(Path(__file__).parent / "no-such-folder")
 
 # A busy machine may hold a process up for seconds: the time of an example says nothing about it.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
