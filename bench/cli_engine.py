@@ -38,6 +38,11 @@ _only = click.option(
 _data = click.option(
     "--data", default=_FOLDER, show_default=True, metavar="DIR", help="Folder of the raw samples."
 )
+patience_option = click.option(
+    "--patience", type=click.FloatRange(min=0), metavar="SECONDS",
+    help="Measure only while memory reads at 90 % of its best, wait for that so long at a time, "
+         "and stop a case at --rounds such rounds, earlier ones included.",
+)  # fmt: skip
 _threads = click.option(
     "--threads", type=int, metavar="N", help="Threads of all engines [default: physical cores]."
 )
@@ -86,19 +91,23 @@ def prepare(models: str, only: tuple[str, ...], as_json: bool) -> None:
 @click.option("--llama-bench-no-amx", metavar="PATH",
               help="A second build of it, with AMX compiled out.")  # fmt: skip
 @click.option("--no-llama", is_flag=True, help="Leave llama.cpp out.")
+@patience_option
 @click.option("--json", "as_json", is_flag=True, help="Print the medians of the new rounds.")
 def measure(
     models: str, only: tuple[str, ...], data: str, threads: int | None, rounds: int,
-    llama_bench: str | None, llama_bench_no_amx: str | None, no_llama: bool, as_json: bool,
+    llama_bench: str | None, llama_bench_no_amx: str | None, no_llama: bool,
+    patience: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure cases in interleaved rounds (A B A B), the memory's speed before and after each.
 
     Each finished round is added to rounds.jsonl at once: Ctrl-C loses the unfinished one only, and
-    further calls go on from there.
+    further calls go on from there. Where others use the memory too, --patience waits for moments
+    in which they do not.
 
     \b
     Examples:
       bench engine measure --only decode-q4_0 --rounds 3
+      bench engine measure --only decode --rounds 5 --patience 60
       bench engine measure --only verify --no-llama
     """
     from bench.engine_cases import chosen, make_models
@@ -111,7 +120,9 @@ def measure(
     llama = {} if no_llama else _llama(llama_bench, llama_bench_no_amx)
     for name in make_models(Path(models), [c.model for c in found]):
         note(f"wrote {Path(models) / name}")
-    made = measure_cases(found, Path(models), Path(data), count, rounds, llama, note)
+    made = measure_cases(
+        found, Path(models), Path(data), count, rounds, llama, note, patience
+    )  # fmt: skip
     if as_json:
         print_json(medians(made))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bench.cli_engine import patience_option
 from hwmodel.cli_support import note, print_json
 
 _data = click.option(
@@ -109,24 +110,27 @@ def probe(data: str, threads: int | None, device_file: str | None) -> None:
 @click.option("--llama-bench", metavar="PATH",
               help="llama-bench [default: on the PATH, else llama-cpp-python].")  # fmt: skip
 @click.option("--no-llama", is_flag=True, help="Leave llama.cpp out.")
+@patience_option
 def measure(
     data: str, models: str, threads: int | None, probe: bool, only: tuple[str, ...], rounds: int,
-    llama_bench: str | None, no_llama: bool,
+    llama_bench: str | None, no_llama: bool, patience: float | None,
 ) -> None:  # fmt: skip
     """Measure points in interleaved rounds, the engines by turns, memory probed beside each.
 
     Points outside the probe are measured only once predictions are written. Each finished round
-    is kept at once; further calls go on from there.
+    is kept at once; further calls go on from there. Where others use the memory too, --patience
+    waits for moments in which they do not, and measures again what was disturbed.
 
     \b
     Examples:
       bench loop measure --probe --rounds 3
+      bench loop measure --patience 60
       bench loop measure --only q4_k_s --rounds 2
     """
     from bench.cli_engine import _llama
     from bench.engine_run import measure_cases
     from bench.loop_points import make
-    from bench.loop_run import PREDICTIONS
+    from bench.loop_run import PREDICTIONS, probed_bandwidth
     from hwmodel.errors import RequestError
     from refimpl.engine.threads import default_threads
 
@@ -136,8 +140,10 @@ def measure(
     runners = {} if no_llama else {"default": _llama(llama_bench, None)["default"]}
     for name in make(Path(models), _names(only)):
         note(f"wrote {Path(models) / name}")
+    best = 0.0 if patience is None else probed_bandwidth(Path(data))
     measure_cases(
-        found, Path(), Path(data), threads or default_threads(), rounds, runners, note
+        found, Path(), Path(data), threads or default_threads(), rounds, runners, note, patience,
+        best,
     )  # fmt: skip
 
 

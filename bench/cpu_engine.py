@@ -18,7 +18,7 @@ from bench.engine_cases import (
     TYPES,
     depth_case,
 )
-from bench.engine_figures import Figures, Row, kernels, rows_of
+from bench.engine_figures import Figures, Row, rows_of
 from bench.engine_run import ROUNDS_FILE, all_rounds
 from bench.interleave import Ratio, Round, quiet_rounds
 from bench.markdown import markdown
@@ -329,7 +329,7 @@ def samples_csv(f: Figures) -> str:
             pairs = zip(m.samples_ts, m.samples_ns, strict=True)
             for number, (speed, ns) in enumerate(pairs, 1):
                 writer.writerow(
-                    (r.case, began, verdict, kernels(r), f"{beside[0]:.0f}",
+                    (r.case, began, verdict, r.kernels, f"{beside[0]:.0f}",
                      f"{beside[-1]:.0f}", label, m.engine,
                      m.build, m.flags, number, f"{speed:.4f}", f"{ns / 1e9:.6f}")
                 )  # fmt: skip

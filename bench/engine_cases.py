@@ -37,22 +37,29 @@ class Entry:
         label: unique in its case; those of llama.cpp begin with 'llama.cpp'.
         variant: of llama.cpp, or '' for refimpl.
         turns: see `bench.interleave.Arm`.
+        anchor: measured for the sake of the others only.
     """
 
     label: str
     test: RunnerTest
     variant: str = ""
     turns: str = ""
+    anchor: bool = False
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question: the arms that answer it, over one model."""
+    """One question: the arms that answer it, over one model.
+
+    Attributes:
+        apart: every arm counts on its own; else they are compared with each other.
+    """
 
     name: str
     model: str
     question: str
     entries: tuple[Entry, ...]
+    apart: bool = False
 
 
 def slice_name(model: str) -> str:
@@ -80,7 +87,7 @@ def cases(threads: int) -> tuple[Case, ...]:
         what = "prefill of 512 tokens"
         out.append(_against_llama(f"prefill-{kind}", kind, replace(base, n_prompt=512), what))
     out += [_verify(kind, threads) for kind in (*TYPES, EMBEDDED)]
-    out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 5) for kind in MTP_TYPES]
+    out += [_drafts(f"{kind}-mtp3", threads, ACCEPTANCE, 96, 2) for kind in MTP_TYPES]
     out.append(_drafts(EMBEDDED, threads, (), 64, 3))
     mini = RunnerTest(_path(EMBEDDED), threads=threads, repetitions=5, n_gen=512)
     out.append(_against_llama("decode-mini", EMBEDDED, mini, "decoding"))

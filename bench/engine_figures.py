@@ -68,7 +68,7 @@ class Figures:
     def newest(self, name: str) -> list[Round]:
         """Rounds of a case made with its newest kernels, quiet or busy."""
         mine = [r for r in self.rounds if r.case == name]
-        return [r for r in mine if kernels(r) == kernels(mine[-1])]
+        return [r for r in mine if r.kernels == mine[-1].kernels]
 
     def cases(self) -> list[str]:
         """Names of the cases that were measured."""
@@ -198,12 +198,6 @@ class Figures:
         return tuple(out)
 
 
-def kernels(made: Round) -> str:
-    """Hash of the engine's compiled sources in a round, or '' without the engine."""
-    hashes = (m.record.get("kernels", "") for m in made.arms.values() if m.engine == "refimpl")
-    return next((str(h) for h in hashes if h), "")
-
-
 def step_bytes(m: Measurement) -> float | None:
     """Weight and KV bytes of one decoding step, or None where the engine did not count."""
     weights, kv = m.record.get("weight_bytes_per_step"), m.record.get("kv_bytes_per_step")
@@ -319,7 +313,7 @@ def _scaled(value: Ratio, factor: float) -> Ratio:
 def _resident(f: Figures) -> Row:
     found: dict[str, float] = {}
     for r in f.rounds:
-        if kernels(r) != kernels(f.newest(r.case)[-1]):
+        if r.kernels != f.newest(r.case)[-1].kernels:
             continue
         for m in r.arms.values():
             resident: dict[str, Any] | None = m.record.get("resident")

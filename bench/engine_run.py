@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine_cases import EMBEDDED, Case, arms
-from bench.interleave import Note, Round, append_round, read_rounds, run_rounds
+from bench.interleave import (
+    Gate,
+    Note,
+    Round,
+    append_round,
+    best_probe,
+    read_rounds,
+    run_rounds,
+)
 from bench.runners.base import Runner
+from refimpl.benchmark.record import loop_sources
+from refimpl.engine.simd import sources_hash
 
 ROUNDS_FILE = "rounds.jsonl"
 _PROBE_BYTES = 1 << 30
 _PROBE_REPETITIONS = 24  # about a third of a second: threads that just woke may share a core
+_TRIES = 4  # rounds for each one that is to be quiet
 _SETTLE_S = 0.3  # a process that has just ended still gives its memory back
 
 
@@ -29,10 +40,19 @@ def measure_cases(
     rounds: int,
     llama: dict[str, Runner],
     note: Note,
+    patience_s: float | None = None,
+    best: float = 0.0,
 ) -> list[Round]:
     """Measure cases and add their rounds to `data`/rounds.jsonl; returns the new rounds.
 
+    Args:
+        patience_s: measure only while memory is quiet, wait for that so long at a time, and end
+            a case when it has so many quiet `rounds` of the present kernels, older ones included.
+            None: so many more rounds, quiet or not.
+        best: a speed of this host's memory known from elsewhere, bytes/s.
+
     Raises:
+        NotQuiet: `patience_s` was not enough; what was measured has been kept.
         RunnerError: an arm that has to run cannot, or a whole round failed.
         KeyboardInterrupt: Ctrl-C; finished rounds have been kept.
     """
@@ -55,14 +75,47 @@ def measure_cases(
     def state() -> dict[str, Any]:
         return {**machine_state(), "amx": "amx-tile" in cpu_features()}
 
-    team = Team(threads)
+    host, team, gate = f"{cpu_name()}, {threads} threads", Team(threads), None
+    before = all_rounds(data)
+    if patience_s is not None:
+        gate = Gate(max(best, best_probe(before).get(host, 0.0)), patience_s)
     with contextlib.closing(team), _termination_is_an_interrupt():
         for case in cases:
-            run_rounds(
-                case.name, arms(case, models, llama), rounds,
-                probe, f"{cpu_name()}, {threads} threads", keep, state, note,
-            )  # fmt: skip
+            if gate is None:
+                run_rounds(
+                    case.name, arms(case, models, llama), rounds, probe, host, keep, state, note
+                )
+                continue
+            for _ in range(_TRIES * rounds):
+                left = unmet(case, [*before, *made], rounds, gate.best)
+                if left is None:
+                    break
+                members = arms(left, models, llama)
+                run_rounds(case.name, members, 1, probe, host, keep, state, note, gate)
+            else:
+                note(f"{case.name}: still without {rounds} quiet rounds; go on later")
     return made
+
+
+def unmet(case: Case, rounds: Iterable[Round], wanted: int, best: float) -> Case | None:
+    """What of a case has fewer than `wanted` quiet rounds of the present kernels; None: nothing.
+
+    Args:
+        best: the memory's best speed, bytes/s.
+    """
+    own = sources_hash()
+    present = {"", own, f"{own} loop {loop_sources()}"}
+    if any(e.test.mtp for e in case.entries):
+        present.discard(own)
+    mine = [r for r in rounds if r.case == case.name and r.kernels in present]
+    quiet = [{k for k in r.arms if r.is_quiet(best, k)} for r in mine]
+    if not case.apart:
+        labels = {k for r in mine for k in r.arms} | {
+            e.label for e in case.entries if not e.variant
+        }
+        return None if sum(labels <= q for q in quiet) >= wanted else case
+    left = [e for e in case.entries if sum(e.label in q for q in quiet) < wanted]
+    return replace(case, entries=tuple(left)) if any(not e.anchor for e in left) else None
 
 
 @contextlib.contextmanager

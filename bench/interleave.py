@@ -7,7 +7,8 @@ bandwidth. Rounds are appended to a file of JSON lines as they finish, so a run 
 A round is *quiet* if its probes agree within 10 % and all reach 90 % of the best probe seen on the
 machine, else *busy*; a busy one whose probes agree is *steady*. The same is asked of one arm, or of
 two that are compared, by the probes beside them: where another user of the memory comes or goes in
-the middle of a round, the other arms still count.
+the middle of a round, the other arms still count. With a `Gate` each arm waits until the probe is
+near the best.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Round:
         state: load and memory of the machine when the round began.
         arms: measurement of each arm by its label, in the order in which they were run.
         failed: what went wrong with the arms that gave none.
+        waited: the last probe before the arms that a `Gate` let wait after the one between.
     """
 
     case: str
@@ -75,11 +77,21 @@ class Round:
     arms: dict[str, Measurement] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     between: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    waited: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def probe(self) -> float:
         """Read bandwidth of the round, bytes/s: median of its probes."""
         return median(self.probes())
+
+    @property
+    def kernels(self) -> str:
+        """Hash of the engine's compiled sources in the round, with that of the draft-and-verify
+        loop where it ran; '' without the engine."""
+        for record in (m.record for m in self.arms.values() if m.engine == "refimpl"):
+            if found := record.get("kernels"):
+                return " loop ".join(str(h) for h in (found, record.get("loop")) if h)
+        return ""
 
     def probes(self, *labels: str) -> list[float]:
         """Medians of the probes, bytes/s: those before and after the arms named, or all."""
@@ -89,8 +101,12 @@ class Round:
         found.append(median(self.probe_after))
         if not labels or len(found) != len(order) + 1:
             return found
-        places = [order.index(k) for k in labels]
-        return [found[i] for place in places for i in (place, place + 1)]
+        beside: list[float] = []
+        for k in labels:
+            place = order.index(k)
+            before = median(self.waited[k]) if k in self.waited else found[place]
+            beside += [before, found[place + 1]]
+        return beside
 
     def is_steady(self, *labels: str) -> bool:
         """Whether the probes beside the arms named (or all probes) agree."""
@@ -118,6 +134,51 @@ class Ratio:
     coverage: float
 
 
+class NotQuiet(RunnerError):
+    """The memory did not become quiet in time."""
+
+
+class Gate:
+    """Lets an arm begin only while the memory is near its best.
+
+    Args:
+        best: the best probe seen on this host, bytes/s.
+        patience_s: the longest wait for one arm, seconds.
+        clock, sleep: of the machine, in seconds.
+    """
+
+    PAUSE_S = 1.0  # between probes
+
+    def __init__(
+        self,
+        best: float,
+        patience_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.best, self._patience_s, self._clock, self._sleep = best, patience_s, clock, sleep
+
+    def wait(self, probe: Probe, last: Sequence[float] = ()) -> tuple[float, ...]:
+        """The first probe near the best, beginning with the `last` one if that is known.
+
+        Raises:
+            NotQuiet: there was none in time.
+        """
+        until = self._clock() + self._patience_s
+        found = tuple(last) or tuple(probe())
+        while (speed := median(found)) < NEAR_BEST * self.best:
+            if self._clock() >= until:
+                raise NotQuiet(
+                    f"memory was not quiet within {self._patience_s:g} s: it was read at "
+                    f"{speed / 1e9:.1f} GB/s, the best seen on this host is "
+                    f"{self.best / 1e9:.1f}; what was measured is kept, go on later"
+                )
+            self._sleep(self.PAUSE_S)
+            found = tuple(probe())
+        self.best = max(self.best, speed)
+        return found
+
+
 def run_rounds(
     case: str,
     arms: Sequence[Arm],
@@ -127,36 +188,49 @@ def run_rounds(
     keep: Callable[[Round], None],
     state: Callable[[], dict[str, Any]] = dict,
     note: Note = lambda _: None,
+    gate: Gate | None = None,
 ) -> int:
     """Run rounds and hand each to `keep` as it ends; returns how many were finished.
 
     An arm that fails is left out of its round and named in it. Ctrl-C ends the run; what `keep`
-    has been given stays.
+    has been given stays. With a `gate` every arm waits for quiet memory.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after the finished rounds were kept.
+        NotQuiet: an arm waited in vain; the arms before it were kept as a round.
         RunnerError: every arm of a round failed.
     """
     for number in range(rounds):
-        began, before = time.time(), tuple(probe())
+        began, before = time.time(), gate.wait(probe) if gate else tuple(probe())
         now = state()
         done: dict[str, Measurement] = {}
         failed: dict[str, str] = {}
         after: dict[str, tuple[float, ...]] = {}
+        waited: dict[str, tuple[float, ...]] = {}
+        newest, late = before, None
         for group in _groups(arms):
             try:
+                if gate and (quiet := gate.wait(probe, newest)) != newest:
+                    waited.update((arm.label, quiet) for arm in group)
                 done.update(_measured(group))
-                after[group[-1].label] = tuple(probe())
+                newest = after[group[-1].label] = tuple(probe())
+            except NotQuiet as error:
+                late = error
+                break
             except RunnerError as error:
                 for arm in group:
                     failed[arm.label] = str(error)
                     note(f"{case}: {arm.label} failed: {error}")
         if not done:
-            raise RunnerError(f"{case}: nothing could be measured: {next(iter(failed.values()))}")
+            raise late or RunnerError(
+                f"{case}: nothing could be measured: {next(iter(failed.values()))}"
+            )
         last = after.pop([*done][-1])
-        made = Round(case, began, host, before, last, now, done, failed, after)
+        made = Round(case, began, host, before, last, now, done, failed, after, waited)
         keep(made)
         note(f"{case} {number + 1}/{rounds}: {_line(made)}")
+        if late:
+            raise late
     return rounds
 
 
@@ -241,9 +315,10 @@ def _round(data: dict[str, Any]) -> Round:
         str(data["case"]), float(data["started"]), str(data["host"]),
         tuple(map(float, data["probe_before"])), tuple(map(float, data["probe_after"])),
         dict(data["state"]), arms, dict(data["failed"]),
-        {k: tuple(map(float, v)) for k, v in data.get("between", {}).items()},
+        *({k: tuple(map(float, v)) for k, v in data.get(name, {}).items()}
+          for name in ("between", "waited")),
     )  # fmt: skip
-    probes = [made.probe_before, made.probe_after, *made.between.values()]
+    probes = [made.probe_before, made.probe_after, *made.between.values(), *made.waited.values()]
     if not all(p and min(p) > 0 for p in probes):
         raise ValueError("a probe without a speed")
     return made

@@ -183,8 +183,10 @@ def cases(folder: Path, threads: int, probe: bool) -> tuple[Case, ...]:
             first = [] if probe else [anchors[k] for k in names]
             ordered = sorted(part, key=lambda p: (p.prompt, p.depth, p.drafts))
             entries = tuple(
-                Entry(p.id, runner_test(p, folder, threads), "default" if p.engine == LLAMA else "")
+                Entry(p.id, runner_test(p, folder, threads), "default" if p.engine == LLAMA else "",
+                      anchor=p in first)
                 for p in dict.fromkeys([*first, *ordered])
-            )
-            found.append(Case(("probe " if probe else "loop ") + name, model, "", entries))
+            )  # fmt: skip
+            name = ("probe " if probe else "loop ") + name
+            found.append(Case(name, model, "", entries, apart=True))
     return tuple(found)

@@ -28,7 +28,8 @@ RULE = (
     "it agree within 10 % and reach 90 % of the best one seen on the host), where its engine's "
     "anchor was quiet in the probe as well. Otherwise it counts as a ratio: over the anchor of "
     "the same round, times what the anchor gave in the probe, for that is what the predictions "
-    "start from. Every point that the predictions list is judged; none is dropped."
+    "start from. A point may be measured again until it has quiet rounds; the probes alone decide "
+    "whether it has. Every point that the predictions list is judged; none is dropped."
 )
 
 
@@ -90,6 +91,15 @@ def write_probe(folder: Path, device_file: Path, threads: int) -> dict[str, Any]
     }
     write(folder / PROBE, found)
     return found
+
+
+def probed_bandwidth(folder: Path) -> float:
+    """The read bandwidth in `probe.json`, bytes/s.
+
+    Raises:
+        RunFileError, DeviceFileError: the file is missing or not valid.
+    """
+    return host_of(folder, Path())[0].device.bandwidth_bytes_per_s
 
 
 def host_of(folder: Path, models: Path) -> tuple[Host, dict[str, Any]]:

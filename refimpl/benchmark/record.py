@@ -1,7 +1,8 @@
 """Results as records, with llama-bench's field names where they mean the same, and as text.
 
 Fields of llama-bench: see its `test::get_fields`. Added: `engine`, `engine_version`, `kernels`
-(hash of the sources of compiled code), `simd`, `exact`, `memory_limit_bytes` (--memory),
+(hash of the sources of compiled code), `loop` (hash of the sources of the draft-and-verify loop,
+where it ran), `simd`, `exact`, `memory_limit_bytes` (--memory),
 `experts_held` (where not all are), `n_rows`, `mtp`, `simulated_acceptance`,
 `synthetic_kv`, `samples_tokens`, `mtp_layer_bytes` (stored bytes of each MTP layer, its head
 included), and the other attributes of `refimpl.benchmark.run.BenchResult`.
@@ -10,14 +11,18 @@ included), and the other attributes of `refimpl.benchmark.run.BenchResult`.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from refimpl import decoding
 from refimpl.benchmark.host import build_commit, cpu_name, version
 from refimpl.benchmark.run import CHUNK, Bench, BenchResult
 from refimpl.inventory import inventory
@@ -38,6 +43,7 @@ def record(bench: Bench, result: BenchResult) -> dict[str, Any]:
         "n_depth": test.n_depth,
         "n_rows": test.n_rows,
         "mtp": test.mtp or None,
+        "loop": loop_sources() if test.mtp else None,
         "simulated_acceptance": list(settings.acceptance) if test.mtp else [],
         "synthetic_kv": bool(settings.synthetic_kv and test.n_depth),
         "test": test.label,
@@ -54,6 +60,15 @@ def record(bench: Bench, result: BenchResult) -> dict[str, Any]:
         "resident": result.resident,
         "turns": list(result.turns),
     }
+
+
+@cache
+def loop_sources() -> str:
+    """Hash of the sources of the draft-and-verify loop, which decide what it drafts."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(decoding.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _build() -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 
 from bench.interleave import (
     Arm,
+    Gate,
+    NotQuiet,
     Round,
     append_round,
     best_probe,
@@ -197,6 +199,71 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert found is not None
     assert (found.value, found.low, found.high, found.rounds) == (2, 2, 2, 2)
     assert ratio(rounds, "a", "c") is None
+
+
+class Memory:
+    """Speeds of the memory, one a probe, the last one for ever; pauses take no real time."""
+
+    def __init__(self, log: list[str], *speeds: float) -> None:
+        self._log, self._speeds, self.now = log, [*speeds], 0.0
+
+    def probe(self) -> tuple[float, ...]:
+        speed = self._speeds.pop(0) if len(self._speeds) > 1 else self._speeds[0]
+        self._log.append(f"{speed:g}")
+        return (speed,)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def gate(self, best: float, patience_s: float) -> Gate:
+        return Gate(best, patience_s, lambda: self.now, self.sleep)
+
+
+def test_a_gate_lets_every_arm_wait_for_quiet_memory() -> None:
+    log: list[str] = []
+    memory = Memory(log, 50, 99, 60, 55, 98, 97)
+    kept: list[Round] = []
+    run_rounds("c", arms(log, a=[1], b=[2]), 1, memory.probe, "host", kept.append,
+               gate=memory.gate(100, 10))  # fmt: skip
+    assert log == ["50", "99", "a", "60", "55", "98", "b", "97"]
+    (made,) = kept
+    assert made.waited == {"b": (98,)} and made.between == {"a": (60,)}
+    assert made.probes("b") == [98, 97] and made.probes("a") == [99, 60]
+    assert made.is_quiet(100, "b") and not made.is_quiet(100, "a")
+
+
+def test_quiet_memory_is_not_probed_twice() -> None:
+    log: list[str] = []
+    memory = Memory(log, 99)
+    run_rounds("c", arms(log, a=[1], b=[2]), 1, memory.probe, "host", lambda _: None,
+               gate=memory.gate(100, 10))  # fmt: skip
+    assert log == ["99", "a", "99", "b", "99"]
+
+
+def test_what_was_measured_before_an_arm_waited_in_vain_is_kept(tmp_path: Path) -> None:
+    log: list[str] = []
+    memory, kept = Memory(log, 99, 40), list[Round]()
+    with pytest.raises(NotQuiet, match=r"not quiet within 5 s: .* 0\.0 GB/s.* go on later"):
+        run_rounds("c", arms(log, a=[1], b=[2]), 3, memory.probe, "host", kept.append,
+                   gate=memory.gate(100, 5))  # fmt: skip
+    assert [list(r.arms) for r in kept] == [["a"]]
+    assert memory.now == 5
+    append_round(tmp_path / "rounds.jsonl", replace(kept[0], waited={"a": (99.0,)}))
+    assert read_rounds(tmp_path / "rounds.jsonl")[0].waited == {"a": (99.0,)}
+
+
+def test_a_gate_that_never_opens_keeps_nothing() -> None:
+    memory, kept = Memory([], 40), list[Round]()
+    with pytest.raises(NotQuiet):
+        run_rounds("c", arms([], a=[1]), 3, memory.probe, "host", kept.append,
+                   gate=memory.gate(100, 0))  # fmt: skip
+    assert not kept
+
+
+def test_a_gate_learns_a_better_best() -> None:
+    memory = Memory([], 120)
+    gate = memory.gate(100, 0)
+    assert gate.wait(memory.probe) == (120,) and gate.best == 120
 
 
 def test_intervals_of_the_median() -> None:

@@ -1,0 +1,75 @@
+"""Which arms still need rounds in quiet memory."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import engine_run
+from bench.engine_cases import Case, Entry
+from bench.engine_run import unmet
+from bench.interleave import Round
+from bench.runners.base import Measurement, RunnerTest
+
+TEST = RunnerTest(Path("model.gguf"), n_gen=8)
+
+
+@pytest.fixture(autouse=True)
+def present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_run, "sources_hash", lambda: "new")
+    monkeypatch.setattr(engine_run, "loop_sources", lambda: "loop")
+
+
+def case(*labels: str, apart: bool = False, anchor: str = "", mtp: str = "") -> Case:
+    test = RunnerTest(TEST.model, n_gen=8, mtp=mtp)
+    entries = [
+        Entry(k, test, "default" if k == "llama.cpp" else "", anchor=k == anchor) for k in labels
+    ]
+    return Case("c", "q4_0", "", tuple(entries), apart)
+
+
+def a_round(*labels: str, kernels: str = "new", after: float = 100.0, loop: str = "") -> Round:
+    record = {"kernels": kernels, "loop": loop or None}
+    made = {
+        k: Measurement("refimpl" if k != "llama.cpp" else k, "1", "", (1.0,), (1,), record)
+        for k in labels
+    }
+    return Round("c", 0.0, "host", (100.0,), (after,), {}, made)
+
+
+def labels_of(found: Case | None) -> list[str]:
+    return [] if found is None else [e.label for e in found.entries]
+
+
+def test_arms_that_are_compared_need_quiet_rounds_of_all_of_them() -> None:
+    both = case("refimpl", "llama.cpp")
+    rounds = [a_round("refimpl", "llama.cpp")]
+    assert unmet(both, [], 1, 100) is both and unmet(both, rounds, 2, 100) is both
+    assert unmet(both, rounds, 1, 100) is None
+    assert unmet(both, [a_round("refimpl", "llama.cpp", after=50)], 1, 100) is both
+    assert unmet(both, rounds, 1, 200) is both, "the memory has been twice as fast"
+
+
+def test_points_on_their_own_need_quiet_rounds_of_their_own() -> None:
+    points = case("a", "b", apart=True)
+    assert labels_of(unmet(points, [a_round("a")], 1, 100)) == ["b"]
+    assert labels_of(unmet(points, [a_round("a"), a_round("a", "b")], 2, 100)) == ["b"]
+    assert unmet(points, [a_round("a"), a_round("b")], 1, 100) is None
+
+
+def test_anchors_are_measured_beside_others_only() -> None:
+    points = case("anchor", "a", apart=True, anchor="anchor")
+    assert labels_of(unmet(points, [], 1, 100)) == ["anchor", "a"]
+    assert unmet(points, [a_round("a")], 1, 100) is None
+
+
+def test_rounds_of_other_kernels_or_another_loop_do_not_count() -> None:
+    plain, drafts = case("refimpl"), case("mtp auto", mtp="auto")
+    assert unmet(plain, [a_round("refimpl", kernels="old")], 1, 100) is plain
+    assert unmet(drafts, [a_round("mtp auto", loop="other")], 1, 100) is drafts
+    assert unmet(drafts, [a_round("mtp auto")], 1, 100) is drafts
+    assert unmet(drafts, [a_round("mtp auto", loop="loop")], 1, 100) is None
+
+
+def test_an_engine_that_is_not_there_is_not_waited_for() -> None:
+    both = case("refimpl", "llama.cpp")
+    assert unmet(both, [a_round("refimpl")], 1, 100) is None
