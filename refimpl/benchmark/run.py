@@ -228,9 +228,11 @@ class Bench:
 
 
 class _Loop:
-    """One test of the draft-and-verify loop, generation by generation."""
+    """One test of the draft-and-verify loop, generation by generation; as in a chat, its draft
+    policy is kept from one to the next, the warm-up being the first."""
 
     def __init__(self, backend: Backend, test: BenchTest, settings: Settings) -> None:
+        from refimpl.decoding.generate import policy_for
         from refimpl.decoding.generation import GenerateOptions
 
         self.test = test
@@ -239,18 +241,19 @@ class _Loop:
         self._backend = backend
         if settings.acceptance:
             self._backend = SimulatedAcceptance(backend, settings.acceptance, settings.seed)
+        self._policy = policy_for(self._backend, mtp)
         self._seconds: list[float] = []
         self._tokens: list[int] = []
         self._counts = np.zeros(3, dtype=int)  # steps, drafted, accepted
 
     def warm_up(self, prompt: list[int]) -> None:
-        """A short generation that does not count."""
+        """A short generation whose time does not count."""
         self._generate(prompt, replace(self._options, max_new_tokens=4 * _WARM_STEPS))
 
     def _generate(self, prompt: list[int], options: GenerateOptions) -> Generation:
         from refimpl.decoding.generate import generate
 
-        made = generate(self._backend, prompt, options)
+        made = generate(self._backend, prompt, options, policy=self._policy)
         if made.finish_reason == "interrupted":  # Ctrl-C ends a text early
             raise KeyboardInterrupt
         return made

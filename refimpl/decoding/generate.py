@@ -55,6 +55,7 @@ def generate(
     mark: int = 0,
     saved: SavedPrompt | None = None,
     on_prefilled: OnPrefilled | None = None,
+    policy: DraftPolicy | None = None,
 ) -> Generation:
     """Continue `prompt_ids` until a stop, the wanted number of tokens, or the context's end.
 
@@ -72,20 +73,23 @@ def generate(
         saved: the prompt's beginning as a state file holds it, which is not run again; not
             together with `kept`.
         on_prefilled: called once the prompt has been run, with what `save_state` takes.
+        policy: the draft policy of earlier texts of this open model, made by `policy_for` (None:
+            a new one).
 
     Returns:
         What there is; after Ctrl-C (KeyboardInterrupt, from anywhere) what there is until then.
 
     Raises:
         InputError: the prompt is empty, holds an id outside the vocabulary or exceeds the
-            context, does not begin with the tokens of `saved`, or the model has too few MTP
-            layers for `options.mtp`.
+            context, does not begin with the tokens of `saved`, the model has too few MTP layers
+            for `options.mtp`, or `policy` is another one's.
     """
     if options.stop_strings and new_decoder is None:
         raise InputError("stop strings need the text: give generate() a decoder")
     # A state is for runs with drafts too, so the MTP layers must see the rows of its prompt.
     drafting = options.mtp != 0 or on_prefilled is not None
-    run = _Run(backend, prompt_ids, options, new_decoder, on_tokens, kept, saved, drafting)
+    chosen = _begun(policy, policy_for(backend, options.mtp))
+    run = _Run(backend, prompt_ids, options, chosen, new_decoder, on_tokens, kept, saved, drafting)
     try:
         run.prefill(on_prefill, mark, on_prefilled)
         while run.finish_reason is None:
@@ -140,6 +144,30 @@ def draft_policy(
     return FixedDepth(depth)
 
 
+def policy_for(backend: Backend, mtp: int | str) -> DraftPolicy:
+    """The policy of a model's texts with so many drafts; `generate` can be given it for one text
+    after the other.
+
+    Raises:
+        InputError: as `draft_policy`.
+    """
+    cost = backend.draft_cost if mtp == "auto" else None
+    return draft_policy(mtp, backend.config.num_nextn_predict_layers, cost)
+
+
+def _begun(kept: DraftPolicy | None, wanted: DraftPolicy) -> DraftPolicy:
+    """The kept policy, told of a new text, if it is one for what is wanted."""
+    if kept is None:
+        return wanted
+    if (kept.mtp, kept.most) != (wanted.mtp, wanted.most):
+        raise InputError(
+            f"the kept draft policy is for mtp {kept.mtp} (at most {kept.most} drafts), this text "
+            f"wants mtp {wanted.mtp} (at most {wanted.most}): keep one for each model and mtp"
+        )
+    kept.begin()
+    return kept
+
+
 class _Run:
     """One generation under way."""
 
@@ -148,6 +176,7 @@ class _Run:
         backend: Backend,
         prompt_ids: Tokens,
         options: GenerateOptions,
+        policy: DraftPolicy,
         new_decoder: Callable[[], TextDecoder] | None,
         on_tokens: OnTokens | None,
         kept: KeptCache | None,
@@ -163,8 +192,7 @@ class _Run:
         self._backend = backend
         self._prompt = check_prompt(prompt_ids, config.vocab_size, context)
         self._options = options
-        cost = backend.draft_cost if options.mtp == "auto" else None
-        self._policy = draft_policy(options.mtp, layers, cost)
+        self._policy = policy
         self._drafting = drafting and layers > 0
         if saved is not None:
             saved.require_prefix(self._prompt)

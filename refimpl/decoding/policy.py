@@ -1,6 +1,7 @@
 """How many tokens to draft in the next step.
 
-A policy never changes what is generated greedily (verification is exact), only how fast.
+A policy never changes what is generated greedily (verification is exact), only how fast. It may
+be kept for the next text of the same open model, which then starts from what was learned.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ class DraftPolicy(Protocol):
     """Chooses the draft depth of each step and is told what came of it.
 
     Attributes:
+        mtp: the number of drafts that was asked for, or "auto".
+        most: the most drafts that it ever wants.
         looking: whether the drafts that were last asked for are only to be compared with the token
             that comes, not verified.
     """
 
+    mtp: int | str
+    most: int
     looking: bool
+
+    def begin(self) -> None:
+        """Another text begins, of the same model; the last one may have ended anywhere."""
 
     def next_depth(self, limit: int) -> int:
         """Drafts for the next step, at most `limit` (tokens or positions that remain)."""
@@ -37,10 +45,14 @@ class FixedDepth:
     looking = False
 
     def __init__(self, depth: int) -> None:
-        self._depth = depth
+        self.mtp: int | str = depth
+        self.most = depth
+
+    def begin(self) -> None:
+        pass
 
     def next_depth(self, limit: int) -> int:
-        return min(self._depth, limit)
+        return min(self.most, limit)
 
     def update(self, depth: int, accepted: int, seconds: float) -> None:
         pass
@@ -82,6 +94,14 @@ class StepCosts:
     def reach(self) -> int:
         """The deepest depth that can be judged: the first that was not measured."""
         return next((k for k, c in enumerate(self._known) if not c), len(self._known) - 1)
+
+    def begin(self) -> None:
+        """Another text: what depths cost in plain steps stays; how long a plain step takes, with
+        that text's context, is measured anew."""
+        while len(self._units) > 1:
+            self._units.popleft()
+        self._recent.clear()
+        self._depth = 0
 
     def measured(self, depth: int) -> bool:
         """Whether a depth was measured at all."""
@@ -155,6 +175,11 @@ class AutoDepth:
     loses, a run can be slower than without drafts. A step that took far longer than any at its
     depth should, held up by something else, is counted as a long one only.
 
+    The next text keeps the costs, and the counts if they say that drafts pay, with the weight of
+    `KEPT_WEIGHT` trials at most, so that another kind of text is soon known for one; it drafts as
+    soon as plain steps were timed, one token first. Where drafts did not pay, it is believed in
+    like a first text. The sum of losses begins anew, at the share `KEPT_CREDIT` of what was gained.
+
     Args:
         max_depth: the most drafts.
         guesses: costs of a step with 1, 2, ... drafts in plain steps, as bytes tell them.
@@ -179,13 +204,16 @@ class AutoDepth:
     HORIZON = 128  # tokens in which a start must pay for itself
     LOOK_MOST = 2.0  # plain steps that a look is taken to cost at most, besides its own
     CATCH_UP = 4  # steps after which MTP layers that were not drafted from have rows to make up for
+    KEPT_WEIGHT = 12.0  # trials that earlier texts stand for at most
+    KEPT_CREDIT = 0.25  # share of what earlier texts gained that may be lost again
 
     def __init__(self, max_depth: int, guesses: Sequence[float] | None = None) -> None:
+        self.mtp: int | str = "auto"
+        self.most = max_depth
         self.costs = StepCosts([1.0] * max_depth if guesses is None else guesses)
         self._tried = [self.PRIOR_WEIGHT] * max_depth
         self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * max_depth
         self._first = 0.0, 0.0  # first drafts judged lately, and how many of them stood
-        self._most = max_depth
         self._last_used = [0] * (max_depth + 1)
         self._plain = 0  # steps without drafts that have been decided on
         self._since = self.CATCH_UP  # steps since the last one with drafts
@@ -200,12 +228,28 @@ class AutoDepth:
         self._steps, self._elapsed, self._lost = 0, 0.0, 0.0  # the latter two in plain steps
         self.looking = False
 
+    def begin(self) -> None:
+        self.costs.begin()
+        self._plain, self._since = 0, self.CATCH_UP
+        self._used = [-self.CATCH_UP] * len(self._used)
+        self._drafted = self._hit = self.looking = False
+        self._first = 0.0, 0.0
+        self._elapsed, self._lost = 0.0, min(0.0, self.KEPT_CREDIT * self._lost)
+        best = max(map(self._promise, range(1, self.most + 1)), default=0.0)
+        if best > self.MARGIN:
+            for i, tried in enumerate(self._tried):
+                self._weigh(i, min(tried, self.KEPT_WEIGHT))
+            return
+        self._tried = [self.PRIOR_WEIGHT] * self.most
+        self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * self.most
+        self._wait, self._due = self.WAIT, self._steps
+
     def next_depth(self, limit: int) -> int:
         self.looking = False
         if self._plain:
             self._plain -= 1
             return 0
-        most = min(limit, self._most, self.costs.reach)
+        most = min(limit, self.most, self.costs.reach)
         if most < 1 or not self.costs.ready:
             return 0
         starting = self._since >= self.CATCH_UP
@@ -218,7 +262,7 @@ class AutoDepth:
             pays = False
         if not pays or (starting and self._used[1] > 0):
             return self._try(best, pays)
-        depth = self._pick(best, most)
+        depth = self._pick(best, most) if self._first[0] else 1
         while depth and not self._affordable(depth):
             depth -= 1
         return depth
@@ -259,9 +303,7 @@ class AutoDepth:
         if not (pays or again):
             self._first = 0.0, 0.0
             for i, tried in enumerate(self._tried):
-                if tried > self.DOUBT_WEIGHT:
-                    self._passed[i] *= self.DOUBT_WEIGHT / tried
-                    self._tried[i] = self.DOUBT_WEIGHT
+                self._weigh(i, min(tried, self.DOUBT_WEIGHT))
         self.looking = True
         return 1
 
@@ -325,6 +367,11 @@ class AutoDepth:
         """MTP layers have run, in the step that was just counted."""
         self._since, self._drafted = 0, True
         self._used[1 : depth + 1] = [self._steps] * depth
+
+    def _weigh(self, place: int, weight: float) -> None:
+        """Let what was counted stand for so many trials."""
+        self._passed[place] *= weight / self._tried[place]
+        self._tried[place] = weight
 
     def _judge(self, place: int, stood: float) -> None:
         if place == 0:

@@ -1,4 +1,5 @@
-"""A chat under way: answers to a conversation, with the cache kept between the turns."""
+"""A chat under way: answers to a conversation, with the cache and the draft policy kept between
+the turns."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from refimpl.backends import OpenModel
-from refimpl.decoding.generate import draft_policy, generate
+from refimpl.decoding.generate import generate, policy_for
 from refimpl.decoding.generation import GenerateOptions, Generation
 from refimpl.decoding.kept import KeptCache
 from refimpl.errors import InputError
@@ -94,7 +95,7 @@ class ChatSession:
             raise InputError(f"max-new-tokens is {options.max_new_tokens}, expected 1 or more")
         self._tokenizer = tokenizer_required(model)
         config = model.backend.config
-        draft_policy(options.mtp, config.num_nextn_predict_layers)
+        self._policy = policy_for(model.backend, options.mtp)  # what one answer taught, the next
         self.context = min(options.context or config.max_position_embeddings,
                            config.max_position_embeddings)  # fmt: skip
         stops = {*config.eos_token_id, *_known(self._tokenizer.id_of(END_OF_TURN))}
@@ -146,6 +147,7 @@ class ChatSession:
         made = generate(
             self._backend, ids, self._options, new_decoder=self._tokenizer.stream,
             on_tokens=on_tokens, on_prefill=progress, kept=self._kept, mark=mark,
+            policy=self._policy,
         )  # fmt: skip
         for piece in parser.finish(cut=made.finish_reason != "stop"):
             show(piece)

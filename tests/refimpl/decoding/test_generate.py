@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from refimpl.decoding.generate import generate
+from refimpl.decoding.generate import generate, policy_for
 from refimpl.decoding.generation import GenerateOptions
 from refimpl.decoding.sampling import SamplingParams
 from refimpl.errors import InputError
@@ -281,3 +281,37 @@ def test_logits_that_are_not_numbers_are_reported(markov, config) -> None:
 
     with pytest.raises(InputError, match="not finite"):
         generate(Broken(config()), [1], GenerateOptions())
+
+
+@pytest.mark.parametrize("mtp", [0, 2, "auto"])
+def test_texts_with_a_kept_policy_are_those_with_new_ones(markov, config, mtp) -> None:
+    backend = markov(config(), 1, 0.2)
+    policy, options = policy_for(backend, mtp), GenerateOptions(max_new_tokens=60, mtp=mtp)
+    for prompt in ([1, 2], [3], [4, 5, 6]):
+        made = generate(backend, prompt, options, policy=policy)
+        assert list(made.ids) == plain_greedy(backend, prompt, 60, frozenset())
+
+
+def test_a_kept_policy_is_told_of_every_text(markov, config) -> None:
+    backend, begun = markov(config()), []
+    policy = policy_for(backend, "auto")
+    policy.begin = lambda: begun.append(len(begun))
+    for _ in range(3):
+        generate(backend, [1], GenerateOptions(max_new_tokens=5, mtp="auto"), policy=policy)
+    assert begun == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "made_for", "wanted", "message"),
+    [
+        (3, "auto", 1, r"for mtp auto \(at most 3 drafts\), this text wants mtp 1 \(at most 1\)"),
+        (3, 3, "auto", r"for mtp 3 \(at most 3 drafts\), this text wants mtp auto"),
+        (1, "auto", "auto", r"auto \(at most 1 drafts\), this text wants mtp auto \(at most 3\)"),
+    ],
+)
+def test_a_policy_for_something_else_is_refused(
+    layers: int, made_for, wanted, message: str, markov, config
+) -> None:
+    policy = policy_for(markov(config(mtp=layers)), made_for)
+    with pytest.raises(InputError, match=message):
+        generate(markov(config()), [1], GenerateOptions(mtp=wanted), policy=policy)

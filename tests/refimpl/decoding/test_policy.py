@@ -31,6 +31,11 @@ class Machine:
         self.pace = 1.0  # seconds of a plain step
         self._pause = 10  # steps since the last drafts
 
+    def text(self, policy: DraftPolicy, chances: Sequence[float]) -> float:
+        """`run` for a new text of 96 tokens, in which no draft was made before."""
+        self._pause = 10
+        return self.run(policy, chances, 96)
+
     def run(self, policy: DraftPolicy, chances: Sequence[float], tokens: int) -> float:
         """Tokens per plain step's time, over at least so many tokens."""
         made, spent = 0, 0.0
@@ -249,3 +254,117 @@ def test_costs_compare_only_times_of_the_same_moment() -> None:
     assert costs.unit == pytest.approx(2.0)
     costs.add(0, 2.0)
     assert costs.of(1) == pytest.approx(1.6)
+
+
+USELESS = (0.05, 0.05, 0.05)
+
+
+def texts(
+    costs: Sequence[float], kinds: Sequence[Sequence[float]], kept: bool, seeds: int = 60
+) -> list[list[float]]:
+    """Speed of each of several texts one after the other, for each seed; with one policy, or with
+    a new one for each."""
+    found = []
+    for seed in range(seeds):
+        machine, policy = Machine(costs, seed, start=0.3), auto(costs)
+        speeds = []
+        for number, chances in enumerate(kinds):
+            if number and kept:
+                policy.begin()
+            elif number:
+                policy = auto(costs)
+            speeds.append(machine.text(policy, chances))
+        found.append(speeds)
+    return found
+
+
+def together(found: list[list[float]]) -> float:
+    """Mean over seeds of the speed over all texts."""
+    return sum(len(speeds) / sum(1 / v for v in speeds) for speeds in found) / len(found)
+
+
+def last(found: list[list[float]]) -> float:
+    """Mean speed of the last text."""
+    return sum(speeds[-1] for speeds in found) / len(found)
+
+
+@pytest.mark.parametrize(("costs", "more"), [(SLICE, 0.015), (BYTES, 0.01)])
+def test_a_policy_that_is_kept_gains_more_from_short_texts_than_new_ones(
+    costs: Sequence[float], more: float
+) -> None:
+    kept, new = (texts(costs, [PUBLISHED] * 5, kept) for kept in (True, False))
+    assert together(kept) >= together(new) + more
+    best = max(speed_up(costs, PUBLISHED, k) for k in range(4))
+    assert last(kept) >= 0.93 * best
+
+
+@pytest.mark.parametrize("costs", [BYTES, SLICE, DEAR])
+@pytest.mark.parametrize("chances", [(0.3, 0.2, 0.1), USELESS])
+def test_where_drafts_never_pay_a_kept_policy_loses_no_more_than_new_ones(
+    costs: Sequence[float], chances: Sequence[float]
+) -> None:
+    kept, new = (texts(costs, [chances] * 5, kept) for kept in (True, False))
+    assert together(kept) >= together(new) - 0.003
+    assert min(min(speeds) for speeds in kept) >= 0.96
+
+
+@pytest.mark.parametrize("costs", [BYTES, SLICE])
+def test_a_text_whose_drafts_stop_standing_is_known_for_one_within_a_few_steps(
+    costs: Sequence[float],
+) -> None:
+    """It may lose a part of what the texts before it gained."""
+    found = texts(costs, [PUBLISHED] * 4 + [USELESS], kept=True)
+    assert last(found) >= 0.975
+    assert min(speeds[-1] for speeds in found) >= 0.95
+    found = texts(costs, [PUBLISHED] * 4 + [USELESS] * 2, kept=True)
+    assert min(speeds[-1] for speeds in found) >= 0.96
+
+
+@pytest.mark.parametrize("costs", [BYTES, SLICE])
+@pytest.mark.parametrize("before", [1, 6])
+def test_a_text_whose_drafts_stand_after_all_gains_as_if_it_were_the_first(
+    before: int, costs: Sequence[float]
+) -> None:
+    kinds = [USELESS] * before + [PUBLISHED] * 2
+    kept, new = (texts(costs, kinds, kept) for kept in (True, False))
+    assert last(kept) >= last(new) - 0.01
+    first = sum(speeds[before] for speeds in kept) / len(kept)
+    assert first >= last(new) - 0.02
+
+
+def test_texts_of_different_kinds_in_turn_are_as_fast_as_with_new_policies() -> None:
+    kinds = [PUBLISHED, USELESS] * 3
+    for costs in (BYTES, SLICE):
+        kept, new = (texts(costs, kinds, kept) for kept in (True, False))
+        assert together(kept) >= together(new) - 0.01
+
+
+def test_a_new_text_drafts_as_deep_as_the_last_one_once_plain_steps_and_a_draft_were_judged() -> (
+    None
+):
+    policy = auto(CHEAP)
+    for _ in range(100):
+        depths(policy, lambda k: CHEAP[k])
+    policy.begin()
+    used = [depths(policy, lambda k: 3 * CHEAP[k]) for _ in range(6)]  # a longer context
+    assert used == [0, 0, 1, 3, 3, 3]
+    assert policy.costs.unit == pytest.approx(3.0)
+    assert policy.costs.of(3) == pytest.approx(1.3)
+
+
+def test_a_text_that_ended_amid_a_look_leaves_none_to_the_next() -> None:
+    policy = AutoDepth(1, [1.7])
+    while not policy.looking:
+        depth = policy.next_depth(ENDLESS)
+        if not policy.looking:
+            policy.update(depth, 0, 1.0 + 0.7 * depth)
+    policy.begin()
+    assert not policy.looking
+    assert policy.next_depth(ENDLESS) == 0
+
+
+def test_policies_that_learn_nothing_can_be_kept_as_well() -> None:
+    for policy, depth in ((FixedDepth(2), 2), (AutoDepth(0), 0)):
+        policy.update(depth, 0, 1.0)
+        policy.begin()
+        assert policy.next_depth(9) == depth

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import refimpl.text.session as session_module
 from refimpl.backend import Step
 from refimpl.backends import OpenModel, model_path, open_model
 from refimpl.chat_screen import Commands, Screen
@@ -290,3 +291,22 @@ def test_the_embedded_model_says_the_same_with_and_without_the_kept_cache(mini) 
             assert other.generation.ids == turn.generation.ids
         assert session.totals.reused_tokens > 0
     assert model_path("mini") == mini.path
+
+
+def test_what_one_answer_taught_about_drafts_the_next_one_uses(mini, monkeypatch) -> None:
+    policies = []
+
+    def generate(*args, policy, **more):
+        policies.append(policy)
+        return real(*args, policy=policy, **more)
+
+    real = session_module.generate
+    monkeypatch.setattr(session_module, "generate", generate)
+    with ChatTemplate(STEP, "step", {"bos_token": ""}) as template:
+        options = GenerateOptions(max_new_tokens=6, mtp="auto")
+        session = ChatSession(mini, Conversation(template), options)
+        for text in ("def f(x):", "import os"):
+            ask(session, text)
+    first, second = policies
+    assert first is second
+    assert first.costs.unit > 0
