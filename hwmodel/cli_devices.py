@@ -148,6 +148,10 @@ def show_engine(name: str, as_json: bool) -> None:
     click.echo(f"{engine.title} {engine.version} ({', '.join(engine.backends)})")
     click.echo(f"loads: {', '.join(engine.quants) or 'not stated'}")
     click.echo(f"KV types: {', '.join(engine.kv_types)}; sliding layers: {engine.sliding_cache}")
+    if engine.unsupported:
+        click.echo(f"does not support: {', '.join(engine.unsupported)}")
+    if engine.fp8_without_rate:
+        click.echo(f"FP8 needs FP8 arithmetic on: {', '.join(engine.fp8_without_rate)}")
     if engine.notes:
         click.echo(engine.notes)
     click.echo(_quantities(engine.quantities))
@@ -217,6 +221,8 @@ def engine_json(e: Engine) -> dict[str, Any]:
         "ssd_streaming": e.ssd_streaming,
         "max_drafts": e.max_drafts,
         "in_plan": e.in_plan,
+        "unsupported": list(e.unsupported),
+        "fp8_without_rate": list(e.fp8_without_rate),
         "notes": e.notes,
         "quantities": {k: _quantity_json(q) for k, q in sorted(e.quantities.items())},
         "flags": dict(e.flags),

@@ -6,6 +6,8 @@ micro-batch rows, as llama.cpp) or `full` (every position of the context). `[eff
 holds, by quant family of `hwmodel.quant`, the share of the datasheet bandwidth that decoding
 reaches before per-layer overhead, as far as anybody published it; `hwmodel engines show` prints
 them for readers, while the estimator starts from `hwmodel.timing` and learns the rest from runs.
+`[unsupported]` names devices that have one of the backends and yet cannot run the engine, and
+backends on which FP8 needs a device with FP8 arithmetic.
 `[flags]` holds the spelling of each setting, with `{value}` for its value (`{next}`: one more).
 """
 
@@ -30,11 +32,12 @@ _TOP = {
     "schema", "name", "title", "family", "version", "date", "backends", "formats", "quants",
     "published", "kv_types", "sliding_cache", "splits", "host_experts", "ssd_streaming",
     "max_drafts", "plan", "notes", "sources", "memory", "overhead", "efficiency", "flags",
-    "files", "repositories", "latent_prompts", "kernels",
+    "files", "repositories", "latent_prompts", "kernels", "unsupported",
 }  # fmt: skip
 _MEMORY = ("micro_batch", "context_bytes", "fraction")
 _OVERHEAD = ("per_layer_s",)
 _KERNELS = ("index_tile",)
+_UNSUPPORTED = ("devices", "fp8_without_rate", "source")
 LATENT_PROMPTS = ("latent", "heads")
 _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
@@ -64,6 +67,8 @@ class Engine:
         ssd_streaming: it can run with weights that stay on disk (memory map).
         max_drafts: longest MTP draft it supports, 0 for none.
         in_plan: whether a plan may recommend it.
+        unsupported: names of devices that have one of its backends and yet cannot run it.
+        fp8_without_rate: backends on which FP8 weights need a device with FP8 arithmetic.
         latent_prompts: how prompts meet a latent cache (MLA): every head the `latent` itself, or
             `heads` with keys and values multiplied out, which costs a third of the arithmetic.
         quantities: numbers with their source, by dotted key such as `memory.micro_batch`.
@@ -95,6 +100,8 @@ class Engine:
     repositories: Mapping[str, str]
     file: str
     latent_prompts: str = "latent"
+    unsupported: tuple[str, ...] = ()
+    fp8_without_rate: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -221,6 +228,8 @@ def parse_engine(raw: Mapping[str, Any], file: Path | str) -> Engine:
         repositories=raw.get("repositories", {}),
         file=str(file),
         latent_prompts=raw.get("latent_prompts", "latent"),
+        unsupported=tuple(raw.get("unsupported", {}).get("devices", ())),
+        fp8_without_rate=tuple(raw.get("unsupported", {}).get("fp8_without_rate", ())),
     )
 
 
@@ -266,6 +275,12 @@ def _check(raw: Mapping[str, Any], file: Path | str) -> None:
     for backend in raw["backends"]:
         if names.canonical("backend", backend) is None:
             raise DeviceFileError(f"{file}: unknown backend {backend!r}")
+    unsupported = raw.get("unsupported", {})
+    for key in unsupported:
+        if key not in _UNSUPPORTED:
+            raise DeviceFileError(f"{file}: unknown key 'unsupported.{key}'")
+    if unsupported and unsupported.get("source") not in raw.get("sources", {}):
+        raise DeviceFileError(f"{file}: 'unsupported' has no source of [sources]")
     for flag in raw.get("flags", {}):
         if flag not in _FLAGS:
             raise DeviceFileError(f"{file}: unknown flag '{flag}'")

@@ -14,7 +14,7 @@ from hwmodel.command import Launch, build_command
 from hwmodel.memory import Ledger
 from hwmodel.predict import predict
 from hwmodel.request import MAX_COUNT, PlanRequest
-from hwmodel.run import Estimate
+from hwmodel.run import Estimate, Split
 from hwmodel.search import (
     affordable,
     best_of,
@@ -64,6 +64,7 @@ class Plan:
         holds: whether the request can be met (exit code 0).
         problem: why not, empty where it can.
         has_nearest: `chosen` is a substitute that does hold the model.
+        held: the devices do hold the model; it is too slow or too dear.
         memory: ledger of `chosen` with the recommended drafts.
         max_context: longest context that still fits, at the raised limit where there is one.
         decode: estimates without drafts at ascending depths, as (depth, estimate).
@@ -76,6 +77,7 @@ class Plan:
     holds: bool
     problem: str
     has_nearest: bool
+    held: bool
     memory: Ledger
     max_context: int
     decode: tuple[tuple[int, Estimate], ...]
@@ -107,8 +109,10 @@ def make_plan(request: PlanRequest) -> Plan:
     """
     check_split(request)
     chosen = choose(request)
-    holds = chosen is not None
-    problem = "" if holds else _problem(request)
+    holds = held = chosen is not None
+    problem = ""
+    if not holds:
+        problem, held = _problem(request)
     has_nearest = False
     if chosen is None:
         chosen = closest(request)
@@ -124,6 +128,7 @@ def make_plan(request: PlanRequest) -> Plan:
         holds=holds,
         problem=problem,
         has_nearest=has_nearest,
+        held=held,
         memory=with_drafts.memory,
         max_context=max_context(with_drafts),
         decode=_decode(chosen),
@@ -179,22 +184,23 @@ def max_context(candidate: Candidate) -> int:
     return low
 
 
-def _problem(request: PlanRequest) -> str:
-    """Why the request cannot be met: memory, price or speed, in that order."""
+def _problem(request: PlanRequest) -> tuple[str, bool]:
+    """Why the request cannot be met: memory, price or speed, in that order; and whether the
+    devices hold the model all the same."""
     device = request.device
     linked = device.link_bytes_per_s is not None
     counts = [request.count] if request.count else list(range(1, MAX_COUNT + 1 if linked else 2))
     held = [c for n in counts for c in candidates(request, n) if c.holds]
     if not held:
-        return _no_room(request, counts)
+        return _no_room(request, counts), False
     if not any(affordable(request, c.count) for c in held):
         least = min(c.devices_usd or 0.0 for c in held)
-        return f"what holds the model costs {least:,.0f} dollars or more"
+        return f"what holds the model costs {least:,.0f} dollars or more", True
     fastest = max(c.decode.value or 0.0 for c in held)
     return (
         f"nothing reaches {request.min_decode:g} tokens/s at {request.context:,} tokens; "
         f"the fastest makes {fastest:.3g}"
-    )
+    ), True
 
 
 def _no_room(request: PlanRequest, counts: list[int]) -> str:
@@ -224,12 +230,18 @@ def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, st
     are illegal."""
     found: list[Candidate] = []
     illegal = ""
+    able = [s for e in request.engines for s in splits_of(e, request.device, count)]
+    if request.split and request.split not in able:
+        who = " and ".join(e.title for e in request.engines)
+        illegal = f"{who} cannot split by {request.split} here; they can by {_listed(able)}"
     for engine in request.engines:
         for split in splits_of(engine, request.device, count):
             if request.split not in (None, split):
                 continue
             for quant in [request.quant] if request.quant else engine.published:
                 if not request.can_load(engine, quant):
+                    if request.lacks_fp8(engine, quant):
+                        illegal = f"{engine.title} needs FP8 arithmetic, which it lacks"
                     continue
                 why = why_illegal(request.model, request.kind(quant), split, count)
                 illegal = why or illegal
@@ -237,6 +249,10 @@ def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, st
                     found.append(make_candidate(request, engine, split, count, quant))
     best = max(found, key=lambda c: c.memory.raised_margin_bytes) if found else None
     return best, illegal if request.split or best is None else ""
+
+
+def _listed(splits: list[Split]) -> str:
+    return ", ".join(dict.fromkeys(splits)) or "nothing"
 
 
 def _smallest(request: PlanRequest) -> Candidate:

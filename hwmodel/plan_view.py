@@ -98,7 +98,10 @@ def _title(plan: Plan) -> str:
     head = f"{what}\n{how}"
     if not plan.holds:
         shown = "The closest that does" if plan.has_nearest else "The smallest type, all the same"
-        head = f"DOES NOT FIT: {plan.problem}.\n{shown}:\n\n{head}"
+        verdict = "DOES NOT FIT"
+        if plan.held:
+            verdict, shown = "FITS, BUT NOT AS ASKED", "Without that wish"
+        head = f"{verdict}: {plan.problem}.\n{shown}:\n\n{head}"
     return head
 
 

@@ -81,10 +81,17 @@ class PlanRequest:
         return load_quant(quant)
 
     def can_load(self, engine: Engine, quant: str) -> bool:
-        """Whether an engine can load a quant type, or the file that stands for one."""
+        """Whether an engine can load a quant type on the device, or the file that stands for
+        one."""
         if self.weights is not None and quant == self.weights.name:
             return _reads(engine, self.weights)
-        return quant in engine.quants
+        return quant in engine.quants and not self.lacks_fp8(engine, quant)
+
+    def lacks_fp8(self, engine: Engine, quant: str) -> bool:
+        """Whether the type is FP8 and the engine wants FP8 arithmetic that the device has not."""
+        if load_quant(quant).family != "fp8" or "flop.fp8_per_s" in self.device.quantities:
+            return False
+        return backend_of(engine, self.device) in engine.fp8_without_rate
 
 
 def engine_of(name: str, model: ModelShape) -> Engine:
@@ -98,7 +105,10 @@ def engine_of(name: str, model: ModelShape) -> Engine:
 
 
 def backend_of(engine: Engine, device: Device) -> str:
-    """The first of the device's backends that the engine has, empty where there is none."""
+    """The first of the device's backends that the engine has, empty where there is none or where
+    the engine does not run on this device all the same."""
+    if device.name in engine.unsupported:
+        return ""
     return next((b for b in device.api if b in engine.backends), "")
 
 
@@ -175,11 +185,13 @@ def _engine(text: str | None, model: ModelShape, device: Device) -> Engine | Non
     if not backend_of(engine, device):
         able = [load_engine(n) for n in engine_names(for_plan=True)]
         fitting = ", ".join(e.name for e in able if backend_of(e, device)) or "none"
-        runs_on = ", ".join(engine.backends)
-        raise RequestError(
-            f"{engine.title} runs on {runs_on}, {device.name} offers {', '.join(device.api)}; "
-            f"engines for it: {fitting}"
+        why = (
+            f"does not support {device.name}"
+            if device.name in engine.unsupported
+            else f"runs on {', '.join(engine.backends)}, "
+            f"{device.name} offers {', '.join(device.api)}"
         )
+        raise RequestError(f"{engine.title} {why}; engines for it: {fitting}")
     return engine
 
 

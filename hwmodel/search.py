@@ -103,7 +103,8 @@ def check_split(request: PlanRequest) -> None:
 
 
 def candidates(request: PlanRequest, count: int) -> Iterator[Candidate]:
-    """For every engine and split of so many devices, the best quant type of each tier that holds.
+    """For every engine and split of so many devices, the quant types that hold, from the best
+    tier down to the first that is as fast as asked.
 
     With a quant type asked for, that one, whether it holds or not.
     """
@@ -129,7 +130,7 @@ def _of_split(
         if best_tier is not None and tier > best_tier:
             return
         found = _place(request, engine, split, count, quant)
-        if found.holds and not found.is_offloaded:
+        if found.holds and not found.is_offloaded and fast_enough(request, found):
             best_tier = tier
         if found.holds or request.quant:
             yield found
@@ -272,8 +273,13 @@ def _is_model(model: ModelShape, name: str) -> bool:
 
 def is_wanted(request: PlanRequest, candidate: Candidate) -> bool:
     """It holds the model, costs no more and is as fast as asked."""
-    if not candidate.holds or not affordable(request, candidate.count):
-        return False
+    return (
+        candidate.holds and affordable(request, candidate.count) and fast_enough(request, candidate)
+    )
+
+
+def fast_enough(request: PlanRequest, candidate: Candidate) -> bool:
+    """Each sequence gets the tokens/s asked for when its context is full."""
     wanted = request.min_decode
     return wanted is None or (candidate.decode.value or 0.0) >= wanted
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from hwmodel.command import Launch, build_command
-from hwmodel.devices import read_toml
+from hwmodel.devices import device_names, read_toml
 from hwmodel.engines import engine_names, load_engine, parse_engine
-from hwmodel.errors import DeviceFileError, UnknownNameError
+from hwmodel.errors import DeviceFileError, RequestError, UnknownNameError
 from hwmodel.memory import KV_TYPES
+from hwmodel.model import step_shape
 from hwmodel.quant import FAMILIES, QUANTS
+from hwmodel.request import make_request
 from hwmodel.run import Placement
 
 DATA = Path(__file__).parent / "data"
@@ -26,12 +28,59 @@ def test_an_engine_is_complete_and_refers_to_things_that_exist(name: str) -> Non
     assert set(engine.published) <= set(engine.quants)
     assert set(engine.kv_types) <= set(KV_TYPES)
     assert engine.micro_batch >= 1
+    assert set(engine.unsupported) <= set(device_names())
+    assert set(engine.fp8_without_rate) <= set(engine.backends)
     for key, quantity in engine.quantities.items():
         assert quantity.source
         if key.startswith("efficiency."):
             _, backend, family = key.split(".")
             assert backend in engine.backends
             assert family in FAMILIES.values()
+
+
+@pytest.mark.parametrize(
+    ("device", "engines"),
+    [
+        ("v100", "llama.cpp"),
+        ("p40", "llama.cpp"),
+        ("mi50", "llama.cpp"),
+        ("rx7900xtx", "llama.cpp vllm"),
+        ("ryzen-ai-max-395", "llama.cpp vllm"),
+        ("mi300x", "llama.cpp sglang vllm"),
+        ("rtx3090", "llama.cpp sglang vllm"),
+    ],
+)
+def test_a_plan_takes_only_engines_that_support_the_device(device: str, engines: str) -> None:
+    asked = make_request(device, step_shape())
+    assert [e.name for e in asked.engines] == engines.split()
+    for name in {"vllm", "sglang"} - set(engines.split()):
+        with pytest.raises(RequestError, match=f"does not support {device}; engines for it"):
+            make_request(device, step_shape(), engine=name)
+
+
+def test_fp8_on_amd_needs_a_device_with_that_arithmetic() -> None:
+    vllm = load_engine("vllm")
+    able = {
+        device: make_request(device, step_shape()).can_load(vllm, "FP8-experts")
+        for device in ("rx7900xtx", "ryzen-ai-max-395", "mi250x", "mi300x", "r9700", "rtx3090")
+    }
+    assert [d for d, can in able.items() if can] == ["mi300x", "r9700", "rtx3090"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"machines": ["p40"], "source": "here"}, "unknown key 'unsupported.machines'"),
+        ({"devices": ["p40"]}, "'unsupported' has no source"),
+        ({"devices": ["p40"], "source": "nowhere"}, "'unsupported' has no source"),
+    ],
+)
+def test_what_an_engine_does_not_support_has_a_source(
+    table: dict[str, object], message: str
+) -> None:
+    raw = read_toml(Path(load_engine("vllm").file)) | {"unsupported": table}
+    with pytest.raises(DeviceFileError, match=message):
+        parse_engine(raw, "engine.toml")
 
 
 def test_what_a_plan_may_recommend() -> None:

@@ -115,6 +115,32 @@ def test_one_h100_holds_a_three_bit_type_and_refuses_the_rest() -> None:
     assert "DOES NOT FIT" in plan_text(refused)
 
 
+def test_a_wish_for_speed_is_met_by_a_smaller_type_where_the_best_is_too_slow() -> None:
+    usual, asked = plan("m4max"), plan("m4max", min_decode=42)
+    assert (usual.chosen.decode.value or 0) < 42 <= (asked.chosen.decode.value or 0)
+    assert asked.holds
+    assert asked.chosen.tier > usual.chosen.tier
+    never = plan("m4max", min_decode=1000)
+    fastest = plan("m4max", quant="IQ3_XXS").chosen.decode.value
+    assert f"the fastest makes {fastest:.3g}" in never.problem
+
+
+def test_too_slow_or_too_dear_is_not_called_too_large() -> None:
+    wishes: list[dict[str, Any]] = [{"min_decode": 1000}, {"max_price": 100}]
+    for wish in wishes:
+        refused = plan("m4max", **wish)
+        assert not refused.holds
+        assert plan_text(refused).startswith("FITS, BUT NOT AS ASKED: ")
+    assert plan_text(plan("h100", count=1, quant="Q4_K_S")).startswith("DOES NOT FIT: ")
+
+
+def test_a_split_that_no_engine_has_is_the_reason_that_is_named() -> None:
+    refused = plan("m4max", split="tensor")
+    assert refused.problem.endswith(
+        "llama.cpp and MLX (mlx-lm) cannot split by tensor here; they can by layer"
+    )
+
+
 def test_servers_take_over_where_the_model_outgrows_small_machines() -> None:
     four, eight = plan("h100", count=4), plan("h100", count=8, quant="bf16")
     assert four.chosen.run.quant.name == "FP8-experts"
