@@ -9,6 +9,15 @@ import click
 if TYPE_CHECKING:
     from bench.runs import RunRecord
 
+_MOST_DRAFTS = 64
+
+
+def _drafts(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """`none` or a number of drafts, as the column of the CSV has it."""
+    if value not in ("", "none") and not (value.isdecimal() and int(value) <= _MOST_DRAFTS):
+        raise click.BadParameter(f"{value!r}, expected none or 0 to {_MOST_DRAFTS}", ctx, param)
+    return value
+
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--engine", default="", metavar="NAME", help="What ran it.")
 @click.option("--engine-version", default="", metavar="TEXT", help="Its version or build.")
 @click.option("--backend", default="", metavar="NAME", help="cuda, metal, cpu, ...")
-@click.option("--mtp", default="", metavar="N", help="Drafts per step.")
+@click.option("--mtp", default="", callback=_drafts, metavar="N", help="Drafts per step.")
 @click.option("--source", "source_url", default="", metavar="URL", help="Where it is published.")
 @click.option("--json", "as_json", is_flag=True, help="Print the runs as JSON instead of CSV.")
 def import_command(
@@ -42,15 +51,19 @@ def import_command(
     """
     from pathlib import Path
 
-    from bench.importers.read import import_runs, renumbered
+    from bench.importers.read import added, import_runs, renumbered
     from bench.importers.table import Stated
     from bench.runs import read_runs, write_runs
     from hwmodel.cli_support import counted, note, print_json
     from hwmodel.errors import RunFileError
-    from hwmodel.files import write_whole
+    from hwmodel.files import check_writable, write_whole
 
     if append and not out:
         raise RunFileError("--append needs --out FILE")
+    if out:
+        if any(Path(f).exists() and Path(out).exists() and Path(f).samefile(out) for f in files):
+            raise RunFileError(f"--out {out} is a file to import; choose another name")
+        check_writable(Path(out))
     found: list[RunRecord] = []
     for name in files:
         imported = import_runs(name, Stated(**stated))
@@ -59,7 +72,11 @@ def import_command(
             note(problem)
         found += imported.records
     if append and out and Path(out).exists():
-        found = read_runs(out)[0] + found
+        old = read_runs(out)[0]
+        new = added(old, found)
+        if len(new) < len(found):
+            note(f"{counted(len(found) - len(new), 'run')} in {out} already")
+        found = old + new
     records = renumbered(found)
     if out:
         write_whole(Path(out), write_runs(records).encode())

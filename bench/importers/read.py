@@ -77,7 +77,7 @@ def _seen(text: str) -> str:
     rows = json_rows(text)
     if rows is not None:
         fields = ", ".join(list(rows[0])[:6])
-        return f"JSON with the fields {fields}"
+        return f"JSON with the fields {fields}" if fields else "JSON without fields"
     first = text.strip().partition("\n")[0][:60]
     return _broken(text) or (f"begins with {first!r}" if first else "is empty")
 
@@ -124,12 +124,13 @@ def _problems(record: RunRecord) -> list[str]:
 
 
 def _declined(record: RunRecord) -> list[str]:
-    """Why no prediction can be made for a run, which its comparison would say only later."""
+    """Why no prediction can be made for a run, or what it would guess, which its comparison would
+    say only later."""
     try:
-        resolve(record)
+        guessed = resolve(record).unknown
     except RefimplError as error:
         return [f"kept, but a comparison will decline it: {error}"]
-    return []
+    return [f"a comparison will guess: {'; '.join(guessed)}"] if guessed else []
 
 
 def _impossible(record: RunRecord) -> list[str]:
@@ -152,6 +153,17 @@ def _impossible(record: RunRecord) -> list[str]:
                 f"and arithmetic of {record.device} allow; kept, flagged when compared"
             )
     return found
+
+
+def added(old: Sequence[RunRecord], new: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those of `new` that are not among `old` under whatever id: the same file imported again."""
+    known = [_unnamed(r) for r in old]
+    return [r for r in new if _unnamed(r) not in known]
+
+
+def _unnamed(record: RunRecord) -> dict[str, str]:
+    cells = {k: v for k, v in record.row().items() if k != "id" and v != ""}
+    return {k.casefold(): v for k, v in cells.items()}
 
 
 def renumbered(records: Sequence[RunRecord]) -> list[RunRecord]:

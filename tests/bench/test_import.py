@@ -184,10 +184,56 @@ def test_two_commands_bring_a_newcomer_onto_the_plot(tmp_path: Path) -> None:
 def test_appending_keeps_what_was_there_and_ids_stay_apart(tmp_path: Path) -> None:
     out = tmp_path / "runs.csv"
     args = ["import", str(DATA / "llama-bench.json"), "--device", "m4max", "--out", str(out)]
-    for more in ([], ["--append"]):
-        assert CliRunner().invoke(main, [*args, *more]).exit_code == 0
+    assert CliRunner().invoke(main, args).exit_code == 0
+    args[1] = str(DATA / "llama-bench.csv")
+    args += ["--append"]
+    assert CliRunner().invoke(main, args).exit_code == 0
     records, problems = read_runs(out)
     assert len(records) == 8 and len({r.id for r in records}) == 8 and not problems
+
+
+def test_runs_that_are_there_already_are_not_appended_again(tmp_path: Path) -> None:
+    out = tmp_path / "runs.csv"
+    files = [str(DATA / name) for name in ("step-m4max.json", "llama-bench.md")]
+    args = ["import", *files, "--device", "m4max", "--out", str(out)]
+    assert CliRunner().invoke(main, args).exit_code == 0
+    before = out.read_bytes()
+    again = CliRunner().invoke(main, [*args, "--append"])
+    assert again.exit_code == 0 and "15 runs in" in again.stderr and "already" in again.stderr
+    assert out.read_bytes() == before
+
+
+def test_a_file_to_import_is_never_the_one_to_write(tmp_path: Path) -> None:
+    """The other tool's measurements would be gone."""
+    file = tmp_path / "lb.json"
+    file.write_bytes((DATA / "llama-bench.json").read_bytes())
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    for out in (file, link):
+        for more in ([], ["--append"]):
+            args = ["import", str(file), "--device", "m4max", "--out", str(out), *more]
+            run = CliRunner().invoke(main, args)
+            assert run.exit_code == 2 and "is a file to import" in run.stderr
+    assert file.read_bytes() == (DATA / "llama-bench.json").read_bytes()
+
+
+def test_where_it_cannot_be_written_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "no" / "runs.csv"
+    run = CliRunner().invoke(main, ["import", str(DATA / "llama-bench.json"), "--out", str(out)])
+    assert run.exit_code == 2 and "llama-bench JSON" not in run.stderr
+    assert "No such file or directory" in run.stderr
+
+
+@pytest.mark.parametrize("drafts", ["-1", "x", "1.5", "65"])
+def test_drafts_that_are_no_number_are_refused(drafts: str) -> None:
+    run = CliRunner().invoke(main, ["import", str(DATA / "llama-bench.csv"), "--mtp", drafts])
+    assert run.exit_code == 2 and "expected none or 0 to 64" in run.stderr and not run.stdout
+
+
+def test_what_a_comparison_would_guess_is_said_at_once() -> None:
+    stated = Stated(model="step-3.5-flash", device="m4max", quant="NOPE", n_devices=1)
+    (problem,) = _import("step-m4max.json", stated).problems
+    assert "a comparison will guess" in problem and "NOPE" in problem
 
 
 def test_refimpl_bench_is_imported_as_what_it_is(tmp_path: Path) -> None:
