@@ -41,7 +41,8 @@ _data = click.option(
 patience_option = click.option(
     "--patience", type=click.FloatRange(min=0), metavar="SECONDS",
     help="Measure only while memory reads at 90 % of its best, wait for that so long at a time, "
-         "and stop a case at --rounds such rounds, earlier ones included.",
+         "keep processors awake meanwhile (Linux), and stop a case at --rounds such rounds, "
+         "earlier ones included.",
 )  # fmt: skip
 _threads = click.option(
     "--threads", type=int, metavar="N", help="Threads of all engines [default: physical cores]."

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.awake import SUPPORTED, Awake
 from bench.engine_cases import EMBEDDED, Case, arms
 from bench.interleave import (
     Gate,
@@ -46,9 +47,9 @@ def measure_cases(
     """Measure cases and add their rounds to `data`/rounds.jsonl; returns the new rounds.
 
     Args:
-        patience_s: measure only while memory is quiet, wait for that so long at a time, and end
-            a case when it has so many quiet `rounds` of the present kernels, older ones included.
-            None: so many more rounds, quiet or not.
+        patience_s: measure only while memory is quiet, processors kept awake (`bench.awake`),
+            wait for that so long at a time, and end a case when it has so many quiet `rounds` of
+            the present kernels, older ones included. None: so many more rounds, quiet or not.
         best: a speed of this host's memory known from elsewhere, bytes/s.
 
     Raises:
@@ -73,13 +74,22 @@ def measure_cases(
         return read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS)
 
     def state() -> dict[str, Any]:
-        return {**machine_state(), "amx": "amx-tile" in cpu_features()}
+        kept_awake = patience_s is not None and SUPPORTED
+        return {
+            **machine_state(), "amx": "amx-tile" in cpu_features(), "kept_awake": kept_awake
+        }  # fmt: skip
 
-    host, team, gate = f"{cpu_name()}, {threads} threads", Team(threads), None
-    before = all_rounds(data)
-    if patience_s is not None:
-        gate = Gate(max(best, best_probe(before).get(host, 0.0)), patience_s)
-    with contextlib.closing(team), _termination_is_an_interrupt():
+    host, before = f"{cpu_name()}, {threads} threads", all_rounds(data)
+    with (
+        contextlib.closing(Team(threads)) as team,
+        _termination_is_an_interrupt(),
+        contextlib.ExitStack() as stack,
+    ):
+        gate = None
+        if patience_s is not None:
+            awake = stack.enter_context(Awake())
+            best = max(best, best_probe(before).get(host, 0.0))
+            gate = Gate(best, patience_s, awake.move)
         for case in cases:
             if gate is None:
                 run_rounds(

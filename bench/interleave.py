@@ -144,19 +144,18 @@ class Gate:
     Args:
         best: the best probe seen on this host, bytes/s.
         patience_s: the longest wait for one arm, seconds.
-        clock, sleep: of the machine, in seconds.
+        pause: called between probes; what it does may make the memory quiet.
+        clock: of the machine, in seconds.
     """
-
-    PAUSE_S = 1.0  # between probes
 
     def __init__(
         self,
         best: float,
         patience_s: float,
+        pause: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.best, self._patience_s, self._clock, self._sleep = best, patience_s, clock, sleep
+        self.best, self._patience_s, self._pause, self._clock = best, patience_s, pause, clock
 
     def wait(self, probe: Probe, last: Sequence[float] = ()) -> tuple[float, ...]:
         """The first probe near the best, beginning with the `last` one if that is known.
@@ -173,7 +172,7 @@ class Gate:
                     f"{speed / 1e9:.1f} GB/s, the best seen on this host is "
                     f"{self.best / 1e9:.1f}; what was measured is kept, go on later"
                 )
-            self._sleep(self.PAUSE_S)
+            self._pause()
             found = tuple(probe())
         self.best = max(self.best, speed)
         return found

@@ -212,11 +212,11 @@ class Memory:
         self._log.append(f"{speed:g}")
         return (speed,)
 
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+    def pause(self) -> None:
+        self.now += 1
 
     def gate(self, best: float, patience_s: float) -> Gate:
-        return Gate(best, patience_s, lambda: self.now, self.sleep)
+        return Gate(best, patience_s, self.pause, lambda: self.now)
 
 
 def test_a_gate_lets_every_arm_wait_for_quiet_memory() -> None:
