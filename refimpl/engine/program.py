@@ -18,6 +18,7 @@ from refimpl.engine.amx_choice import AmxChoice
 from refimpl.engine.apart import step_apart
 from refimpl.engine.attention import attending
 from refimpl.engine.caches import EngineCache
+from refimpl.engine.compiled_files import kept_in_order
 from refimpl.engine.fields import ATTENTION_PART, FFN_PART, Layer, Matrix, Step, float_bits
 from refimpl.engine.files import MappedFile
 from refimpl.engine.heads import attention_scratch, partial_bytes
@@ -60,7 +61,7 @@ class Program:
         max_rows: int,
     ) -> None:
         self._config, self._team, self._max_rows = source.config, team, max_rows
-        with step_apart(simd):
+        with kept_in_order(simd), step_apart(simd):
             self._records = Records(source, simd, exact)
             self._freqs: list[Array] = []
             self._layers = [self._layer(i) for i in range(self._config.num_layers)]
