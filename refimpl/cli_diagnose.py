@@ -28,7 +28,7 @@ DIFFERS = 1
     "--precision",
     type=click.Choice(["float32", "float16", "bf16"]),
     help="Arithmetic of the candidate: how much rounding is expected "
-    "[default: what a golden file states, else float32].",
+    "[default: what a golden file states, else what its arrays show].",
 )
 @click.option(
     "--dtype",
@@ -90,6 +90,8 @@ def diagnose(
             note(f"note: {warning}")
         tokenizer = tokenizer_of(path, source.metadata or None)
         shown = read_candidate(Path(candidate), source.config, ids, tokenizer)
+        for told in shown.notes:
+            note(f"note: {told}")
         with progress_bar("variants") as move:
             found = run(source, shown, dtype, precision, progress=move)
     click.echo(json.dumps(found.to_json()) if as_json else _text(found))
@@ -102,10 +104,11 @@ def _text(found: Diagnosis) -> str:
     for e in found.explanations:
         lines.append(
             f"  {e.name}: explains {e.rows} of {e.testable} rows where it shows, which leaves "
-            f"{e.left:.1e} of {e.base:.1e}; see {e.source}"
+            f"{e.left:.1e} of {e.base:.1e}; source: {e.source}"
         )
     if found.untestable:
-        lines.append(f"changes nothing on this text: {', '.join(found.untestable)}")
+        names = ", ".join(found.untestable)
+        lines.append(f"not to be seen in what was given, whether made or not: {names}")
     return "\n".join(lines)
 
 

@@ -223,7 +223,7 @@ def _command(dtype: str, backend: str, new: int, chunk: int | None) -> str:
     type=click.FloatRange(min=0),
     metavar="X",
     help="Largest difference in units of max(1, rms) [default: by the less precise run: "
-    "1e-9 float64, 5e-5 float32, 5e-2 bf16].",
+    "1e-9 float64, 5e-5 float32, 1e-2 float16, 5e-2 bf16].",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.pass_context

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from refimpl.config import ModelConfig
 from refimpl.errors import InputError
-from refimpl.golden.files import read_golden, read_npy
+from refimpl.golden.files import read_golden, read_npy, stored_precision
 from refimpl.text.tokenizer import Tokenizer
 
 Array = NDArray[Any]
@@ -67,7 +67,8 @@ class ObservedText:
 
 @dataclass(frozen=True)
 class Candidate:
-    """All sequences of a candidate, and its precision by name ('float32' if not stated)."""
+    """All sequences of a candidate, its precision by name ('float32' if neither stated nor seen
+    in its arrays), and what its reader took it for where that was not stated."""
 
     sequences: tuple[ObservedText, ...]
     precision: str = "float32"
@@ -162,8 +163,12 @@ def from_arrays(
         observations += [
             Observation(("hidden", i - 1), rows, hidden[i]) for i in range(len(hidden))
         ]
+    notes: tuple[str, ...] = ()
     if "logits" in named:
-        observations.append(_logits(path, named["logits"], len(ids), config.vocab_size))
+        seen = _logits(path, named["logits"], len(ids), config.vocab_size)
+        observations.append(seen)
+        if seen.logprob:
+            notes = (f"{path}: its logits are log probabilities; compared as such",)
     for k in range(config.num_nextn_predict_layers):
         for name, width in (("hidden", config.hidden_size), ("logits", config.vocab_size)):
             full = f"mtp_forced_{name}_{k}"
@@ -178,14 +183,43 @@ def from_arrays(
     precision = meta.get("dtype")
     return Candidate(
         (ObservedText(ids, tuple(observations), hidden),),
-        precision if isinstance(precision, str) else "float32",
+        precision if isinstance(precision, str) else stored_precision(named),
+        notes,
     )
 
 
 def _numbers(path: str, name: str, values: Array) -> Array:
     if values.dtype.kind not in "fiu":
         raise InputError(f"{path}: `{name}` does not hold numbers")
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        at = ", ".join(str(i) for i in wrong[0])
+        raise InputError(
+            f"{path}: `{name}`[{at}] is {values[tuple(wrong[0])]} ({len(wrong)} of {values.size} "
+            "are not finite); nothing can be said of such numbers"
+        )
     return values.astype(np.float64)
+
+
+def _kind_of(path: str, values: Array) -> bool:
+    """Whether rows (R, V) are log probabilities; refuses those that are no logits at all."""
+    low, high = values.min(axis=-1), values.max(axis=-1)
+    flat = np.flatnonzero(low == high)
+    if len(flat):
+        raise InputError(
+            f"{path}: row {flat[0]} of the logits is {low[flat[0]]:g} in every column "
+            f"({len(flat)} of {len(values)} rows are so); was it never written?"
+        )
+    if (low >= 0).all() and (np.abs(values.sum(axis=-1) - 1) < _NORMALISED).all():
+        raise InputError(
+            f"{path}: its logits are probabilities (rows sum to 1), expected logits or log "
+            "probabilities"
+        )
+    sums = high + np.log(np.exp(values - high[:, None]).sum(axis=-1))
+    return bool((np.abs(sums) < _NORMALISED).all())
+
+
+_NORMALISED = 1e-2  # what is left of a sum of 1 after rounding to 16 bits
 
 
 def _logits(path: str, values: Array, count: int, vocab: int) -> Observation:
@@ -199,7 +233,7 @@ def _logits(path: str, values: Array, count: int, vocab: int) -> Observation:
             f"prompt or (1, {vocab}) for its last token"
         )
     rows = np.arange(count) if len(values) == count else np.array([count - 1])
-    return Observation(("logits", None), rows, values)
+    return Observation(("logits", None), rows, values, logprob=_kind_of(path, values))
 
 
 def checked_tokens(tokens: Sequence[Any], config: ModelConfig, where: str) -> list[int]:

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refimpl.errors import InputError
+from refimpl.golden.files import stored_precision
 
 Array = NDArray[Any]
 
 # Largest tolerated |difference| in units of max(1, rms of the first file's array), by the less
-# precise run: float64 and float32 as the golden tests demand, bf16 a few units in the last place.
-TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "bf16": 5e-2}
+# precise run: float64 and float32 as the golden tests demand, float16 and bf16 a few units in the
+# last place.
+TOLERANCE = {"float64": 1e-9, "float32": 5e-5, "float16": 1e-2, "bf16": 5e-2}
 _AFTER_PROMPT = ("greedy", "greedy_logits", "spec_accepted")
 _LAYERED = ("attn_out", "ffn_out", "hidden")
 _SHOWN = 4
@@ -106,12 +108,13 @@ def compare(
     """Compare the arrays that both files hold.
 
     Args:
-        dtypes: precision of each run by name; None = from its logits' type.
-        tolerance: overrides the table by precision.
+        dtypes: precision of each run by name; None = what its arrays show.
+        tolerance: overrides the table by precision, a number from 0 on.
         first_layer: the layer that the layered arrays begin with (pieces of a model).
 
     Raises:
-        InputError: nothing in common, different prompts, or shapes that do not match.
+        InputError: nothing in common, different prompts, shapes that do not match, or a tolerance
+            that is no number.
     """
     if any("prompt" in x and x["prompt"].dtype.kind not in "iu" for x in (a, b)):
         raise InputError("array `prompt` does not hold integers")
@@ -133,9 +136,13 @@ def compare(
     moe_a, moe_b = a.get("moe_layers"), b.get("moe_layers")
     if moe_a is not None and moe_b is not None and not np.array_equal(moe_a, moe_b):
         raise InputError("the two files have different MoE layers; are they of the same model?")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise InputError(f"tolerance is {tolerance:g}, expected a number from 0 on")
     if tolerance is None:
-        names = [d or _precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
+        names = [d or stored_precision(x) for d, x in zip(dtypes, (a, b), strict=True)]
         tolerance = max(TOLERANCE.get(n, TOLERANCE["float32"]) for n in names)
+    if "route_idx" in common:
+        a, b = _by_expert(a), _by_expert(b)
     with np.errstate(all="ignore"):  # an infinite value is a departure, not a mishap
         differences = list(_differences(a, b, common, tolerance, first_layer))
     missing = {*(set(a) ^ set(b)), *(n for n in a if n in b and _another_length(n, a, b))}
@@ -163,9 +170,19 @@ def _another_length(name: str, a: Mapping[str, Array], b: Mapping[str, Array]) -
     return name in _AFTER_PROMPT and len(a[name]) != len(b[name])
 
 
-def _precision(arrays: Mapping[str, Array]) -> str:
-    wide = any(x.dtype == np.float64 for x in arrays.values())
-    return "float64" if wide else "float32"
+def _by_expert(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The same with each row's experts in the order of their ids: any order is the same sum."""
+    ids, weights = arrays["route_idx"], arrays.get("route_w")
+    order = np.argsort(ids, axis=-1, kind="stable")
+    found = {**arrays, "route_idx": np.take_along_axis(ids, order, -1)}
+    if weights is not None:
+        if weights.shape != ids.shape:
+            raise InputError(
+                f"array `route_w` has shape {weights.shape}, `route_idx` {ids.shape}; expected a "
+                "weight for every expert"
+            )
+        found["route_w"] = np.take_along_axis(weights, order, -1)
+    return found
 
 
 def _order(arrays: Mapping[str, Array]) -> list[str]:

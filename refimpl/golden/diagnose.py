@@ -24,6 +24,7 @@ from refimpl.checkpoint.source import WeightSource
 from refimpl.config import ModelConfig
 from refimpl.golden.candidate import Candidate, Observation, ObservedText, Place
 from refimpl.golden.hypotheses import predictions
+from refimpl.golden.slips import slip
 from refimpl.reference.model import ReferenceModel
 from refimpl.reference.trace import Trace
 from refimpl.reference.variant import NORMATIVE, VARIANTS, KnownVariant, Variant
@@ -74,7 +75,7 @@ class Diagnosis:
 
     Attributes:
         verdict: 'variant', 'nearest' (a variant explains most, something more remains), 'noise'
-            or 'unexplained'.
+            or 'unexplained' (no variant; `sentence` names a slip in writing down, if it is one).
         explanations: best first; those after the first cannot be told apart from it here.
         departure: first place where the normative model is left, beyond noise and near ties.
         largest: largest row distance from the normative model.
@@ -168,6 +169,13 @@ class _Base:
     def largest(self) -> float:
         """Largest row distance."""
         return max((float(s.distance.max(initial=0.0)) for s in self.all()), default=0.0)
+
+    def slip(self) -> str | None:
+        """What the first text's logits are, if they are the normative ones with a slip."""
+        s = self.shown[0].get(("logits", None))
+        if s is None or s.seen.columns is not None or s.seen.logprob:
+            return None
+        return slip(s.seen.values, s.normative, self.noise)
 
     def departures(self) -> dict[tuple[int, Place], Array]:
         """(text, place) to rows (R,) beyond the noise that no near tie excuses."""
@@ -298,7 +306,10 @@ def _verdict(
     ranked = sorted((t for t in trials if t.explains), key=lambda t: t.score)
     departure = next((place for _, place in base.departures()), None)
     same: list[Explanation] = []
-    if ranked:
+    slipped = base.slip() if departure == ("logits", None) else None
+    if slipped:
+        kind, sentence = "unexplained", slipped
+    elif ranked:
         same = [t.explanation() for t in ranked if t.score - ranked[0].score < _SAME]
         if same[0].place == ("logits", None):
             flags = ranked[0].known.flags

@@ -7,6 +7,7 @@ k experts per token): `prompt` (T,), `logits` (T, V), `hidden` (L+1, T, H), `fin
 `mtp_forced_logits_j` (T-1-j, V), `mtp_forced_hidden_j` (T-1-j, H) teacher-forced over the prompt;
 `draft_chain` (J,), `draft_chain_logits` (J, V): one draft per MTP layer after the prompt and its
 greedy continuation; `spec_accepted`: accepted drafts of each verification at full depth.
+Experts of a row may be in any order, as long as `route_idx` and `route_w` have the same.
 Floats are in the run's own precision (bf16 runs: float32 arrays that hold bf16 values).
 """
 
@@ -71,6 +72,24 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
         raise InputError(f"{path}: is read by this run; choose another name for the output")
     if path.stat().st_size and not zipfile.is_zipfile(path):
         raise InputError(f"{path}: exists and is no golden file; choose another name")
+
+
+def stored_precision(arrays: Mapping[str, Array]) -> str:
+    """The precision that the arrays of a run show by themselves: `float16` by their type, `bf16`
+    where activations in float32 have nothing in the 16 bits that bf16 lacks."""
+    shown = [arrays[n] for n in (*_ACTIVATIONS, "logits") if n in arrays and arrays[n].size]
+    if any(x.dtype == np.float16 for x in shown):
+        return "float16"
+    if any(x.dtype == np.float32 and _is_bf16(x) for x in shown):
+        return "bf16"
+    return "float64" if any(x.dtype == np.float64 for x in arrays.values()) else "float32"
+
+
+_ACTIVATIONS = ("hidden", "attn_out", "ffn_out")
+
+
+def _is_bf16(x: Array) -> bool:
+    return bool(x.any()) and not (np.ascontiguousarray(x).view(np.uint32) & 0xFFFF).any()
 
 
 def _require_finite(name: str, array: Array) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -66,6 +67,61 @@ def test_plain_logits(model: Model, tmp_path: Path) -> None:
     ):
         np.save(tmp_path / name, values)
         agrees(model, read(model, tmp_path / name, IDS), rows)
+
+
+def test_plain_log_probabilities_are_compared_as_such(model: Model, tmp_path: Path) -> None:
+    np.save(tmp_path / "l.npy", logprobs(model[1]))
+    found = read(model, tmp_path / "l.npy", IDS)
+    assert found.notes and "log probabilities" in found.notes[0]
+    agrees(model, found, list(range(len(IDS))))
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("float16", "float16"), ("bf16", "bf16")])
+def test_arrays_show_their_precision(
+    model: Model, tmp_path: Path, kind: str, precision: str
+) -> None:
+    """A port in half precision needs no option to be judged as such."""
+    rounded = model[1].astype(np.float16 if kind == "float16" else ml_dtypes.bfloat16)
+    stored = rounded if kind == "float16" else rounded.astype(np.float32)
+    np.save(tmp_path / "l.npy", stored)
+    found = read(model, tmp_path / "l.npy", IDS)
+    assert found.precision == precision
+    source = model[0].backend.weights.source  # type: ignore[attr-defined]
+    assert diagnose(source, found, variants={}).verdict == "noise"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 77, np.nan, x), "is nan (1 of"),
+        (lambda x: np.zeros_like(x), "is 0 in every column (9 of 9 rows"),
+        (lambda x: np.exp(logprobs(x)), "are probabilities"),
+    ],
+)
+def test_what_are_no_logits_is_said(
+    model: Model, tmp_path: Path, spoil: Callable[[np.ndarray], np.ndarray], words: str
+) -> None:
+    np.save(tmp_path / "l.npy", spoil(model[1]))
+    with pytest.raises(InputError) as error:
+        read(model, tmp_path / "l.npy", IDS)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda x: np.roll(x, 1, axis=0), "of the row before it"),
+        (lambda x: np.roll(x, -1, axis=0), "of the row after it"),
+        (lambda x: x * 1.5, "1.5 times the reference's"),
+    ],
+)
+def test_a_slip_in_writing_down_is_named(
+    model: Model, tmp_path: Path, spoil: Callable[[np.ndarray], np.ndarray], words: str
+) -> None:
+    np.save(tmp_path / "l.npy", spoil(model[1]))
+    source = model[0].backend.weights.source  # type: ignore[attr-defined]
+    found = diagnose(source, read(model, tmp_path / "l.npy", IDS))
+    assert found.verdict == "unexplained" and words in found.sentence
 
 
 def test_maxtext_lines(model: Model, tmp_path: Path) -> None:

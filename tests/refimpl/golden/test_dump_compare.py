@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -141,6 +142,39 @@ def test_a_nan_is_a_departure(golden: dict[str, np.ndarray]) -> None:
     first = compare(golden, broken).first_departure
     assert first is not None
     assert first.place == "logits"
+
+
+def test_experts_of_a_row_may_be_in_any_order(golden: dict[str, np.ndarray]) -> None:
+    """Top-k routines need not sort; other experts, or weights of other experts, still differ."""
+    turned = {n: golden[n][..., ::-1] for n in ("route_idx", "route_w")}
+    assert compare(golden, {**golden, **turned}).first_departure is None
+    mixed = compare(golden, {**golden, "route_w": turned["route_w"]}).first_departure
+    assert mixed is not None and mixed.name == "route_w"
+    other = {**golden, **turned, "route_idx": turned["route_idx"].copy()}
+    other["route_idx"][0, 0, 0] = 1 + max(other["route_idx"][0, 0])
+    found = compare(golden, other).first_departure
+    assert found is not None and found.name == "route_idx"
+
+
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16])
+def test_a_run_in_half_precision_is_known_by_its_arrays(
+    golden: dict[str, np.ndarray], kind: type
+) -> None:
+    halved = {
+        n: x.astype(kind).astype(np.float32 if kind is ml_dtypes.bfloat16 else kind)
+        if x.dtype.kind == "f"
+        else x
+        for n, x in golden.items()
+    }
+    found = compare(golden, halved, ("float64", None))
+    assert found.first_departure is None
+    assert found.tolerance == (0.05 if kind is ml_dtypes.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_a_tolerance_is_a_number(golden: dict[str, np.ndarray], tolerance: float) -> None:
+    with pytest.raises(InputError, match=r"tolerance is .*, expected a number from 0 on"):
+        compare(golden, golden, tolerance=tolerance)
 
 
 def test_what_cannot_be_compared_is_refused(golden: dict[str, np.ndarray]) -> None:
