@@ -28,6 +28,27 @@ def replaceable(path: Path) -> Path:
     return goal
 
 
+def check_writable(path: Path) -> None:
+    """Refuse, before a long run, a name that `atomic_file` could not write to.
+
+    Raises:
+        InputError: as there.
+    """
+    goal = replaceable(path)
+    if not goal.parent.is_dir():
+        raise InputError(f"{path}: cannot be written (the folder {path.parent} does not exist)")
+    try:
+        handle, name = _hidden(goal)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    os.close(handle)
+    os.unlink(name)
+
+
+def _hidden(goal: Path) -> tuple[int, str]:
+    return tempfile.mkstemp(prefix=f".{goal.name}.", suffix=".part", dir=goal.parent)
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that replaces `path` when the block ends without an error.
@@ -40,7 +61,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     goal = replaceable(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{goal.name}.", suffix=".part", dir=goal.parent)
+        handle, name = _hidden(goal)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     try:

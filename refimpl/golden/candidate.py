@@ -207,7 +207,7 @@ def _kind_of(path: str, values: Array) -> bool:
     flat = np.flatnonzero(low == high)
     if len(flat):
         raise InputError(
-            f"{path}: row {flat[0]} of the logits is {low[flat[0]]:g} in every column "
+            f"{path}: row {flat[0]} of the logits is {low[flat[0]] + 0.0:g} in every column "
             f"({len(flat)} of {len(values)} rows are so); was it never written?"
         )
     if (low >= 0).all() and (np.abs(values.sum(axis=-1) - 1) < _NORMALISED).all():

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.atomic import atomic_file, check_writable
 from refimpl.config import ModelConfig
 from refimpl.config_io import to_hf
 from refimpl.errors import InputError
@@ -61,10 +61,9 @@ def check_output(path: Path, *inputs: str | Path | None) -> None:
     """Refuse, before a long run, an output that would replace anything but an older golden file.
 
     Raises:
-        InputError: `path` is one of `inputs` or a file that is no .npz, or its folder is missing.
+        InputError: `path` is one of `inputs` or a file that is no .npz, or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: cannot be written (the folder {path.parent} does not exist)")
+    check_writable(path)
     if not path.is_file():
         return
     read = [Path(given) for given in inputs if given is not None]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from refimpl.checkpoint.atomic import atomic_file, atomic_folder
+from refimpl.checkpoint.atomic import atomic_file, atomic_folder, check_writable
 from refimpl.checkpoint.convert import convert
 from refimpl.errors import InputError
 
@@ -59,3 +59,19 @@ def test_messages_name_the_folder_that_was_asked_for(tmp_path: Path) -> None:
         with atomic_file(part / "sub"):
             pytest.fail("nothing may be written")
     assert ".part" not in str(error.value) and os.listdir(tmp_path) == []
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old").write_bytes(b"old")
+    for name, words in (
+        ("nowhere/out", "the folder .*nowhere does not exist"),
+        ("folder", "is a folder"),
+        ("x" * 300, "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_writable(tmp_path / name)
+    for name in ("old", "new"):
+        check_writable(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "old"]
+    assert (tmp_path / "old").read_bytes() == b"old"

@@ -134,6 +134,7 @@ def test_only_golden_files_are_replaced(
         (ids, "is read by this run"),
         (other, "is no golden file"),
         (tmp_path / "nowhere" / "out.npz", "does not exist"),
+        (tmp_path / ("x" * 300), "cannot be written"),
     ):
         done = refimpl("golden", "dump", "--model", model, "--tokens", ids, "--out", out, *more)
         assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
