@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,19 @@ def replaceable(path: Path) -> Path:
     """The file that a name stands for: of a link its goal, so that the link stays.
 
     Raises:
-        InputError: it is a folder, a device or a pipe. The last two would not be written to but
-            replaced: as root even /dev/null.
+        InputError: it is a folder, a device or a pipe, or no name that a file can have. Devices
+            and pipes would not be written to but replaced: as root even /dev/null.
     """
     goal = Path(os.path.realpath(path))
-    if goal.is_dir():
+    try:
+        mode = goal.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return goal
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    if stat.S_ISDIR(mode):
         raise InputError(f"{path}: is a folder, expected the name of a file to write")
-    if goal.exists() and not goal.is_file():
+    if not stat.S_ISREG(mode):
         raise InputError(f"{path}: is a device or a pipe, expected the name of a file to write")
     return goal
 
