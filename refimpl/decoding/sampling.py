@@ -83,8 +83,8 @@ def argmax(logits: Array) -> int:
     Raises:
         InputError: a logit is not a number.
     """
-    token = int(np.argmax(logits))  # the first of equal maxima; the position of a NaN if any
-    if not logits[token] < np.inf or logits[token] == -np.inf:
+    token = int(logits.argmax())  # the first of equal maxima; the position of a NaN if any
+    if not math.isfinite(logits[token]):
         raise _bad_logits(logits)
     return token
 

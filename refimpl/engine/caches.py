@@ -188,6 +188,7 @@ class EngineCache:
         self.mtp = MtpState([layer.record for layer in self.layers[n:]], window)
         addresses = [address(layer.record) for layer in self.layers]
         self.table: NDArray[np.int64] = np.array(addresses, dtype=np.int64)
+        self.table_address = address(self.table)
         self._moments: weakref.WeakSet[Moment] = weakref.WeakSet()  # that have no copies yet
 
     @property

@@ -64,11 +64,14 @@ class MtpState:
         self._records[level][Kv.FIRST] = position
 
     def add(self, level: int, rows: Array) -> None:
-        """Queue rows (R, H) of a layer and drop those that nothing will need."""
+        """Queue rows (R, H) of a layer, not to be written to any more, and drop those that nothing
+        will need."""
         if level >= len(self.pending) or not len(rows):
             return
         queue = self.pending[level]
-        queue.append(np.array(rows, dtype=np.float32))
+        queue.append(np.asarray(rows, dtype=np.float32))
+        if len(queue) == 1:
+            return
         needed = (len(self.pending) - level) * self._window + SPECULATIVE_ROWS
         while len(queue) > 1 and sum(map(len, queue[1:])) >= needed:
             self.start[level] += len(queue.pop(0))
@@ -81,7 +84,8 @@ class MtpState:
 
     def waiting(self, level: int) -> int:
         """Rows that wait for a layer."""
-        return sum(map(len, self.pending[level]))
+        queue = self.pending[level]
+        return sum(map(len, queue)) if queue else 0
 
     def take(self, level: int) -> tuple[int, list[Array]]:
         """Position of the first queued row, and the rows; the queue is then empty."""
@@ -102,13 +106,13 @@ class MtpState:
         """Keep the rows that took drafts for their tokens, until these are judged."""
         self._guessed = _Guessed(n, drafts, rows)
 
-    def confirm(self, tokens: Sequence[int]) -> None:
-        """Rows whose drafts stood are done; `tokens` are all verified ones, the newest last."""
+    def confirm(self, tokens: Sequence[int], newest: Sequence[int] = ()) -> None:
+        """Rows whose drafts stood are done; `tokens`, then `newest` are all verified ones."""
         guessed, self._guessed = self._guessed, None
         if guessed is None:
             return
         stood, n = 0, guessed.n
-        for draft, token in zip(guessed.drafts, tokens[n + 1 :], strict=False):
+        for draft, token in zip(guessed.drafts, [*tokens[n + 1 :], *newest], strict=False):
             if draft != token:
                 break
             stood += 1
@@ -178,18 +182,21 @@ def draft_chain(
     if not depth:
         return []
     newest, drafts, guessed = next_tokens[-1:], list[int](), list[Array]()
-    state.confirm([*tokens, *newest])
+    state.confirm(tokens, newest)
     carried = hidden[:0]
     for k in range(depth):
         start, waiting = state.take(k)
         u = np.concatenate([*waiting, carried]) if len(waiting) != 1 or len(carried) else waiting[0]
-        tail = [*newest, *drafts]
-        positions = range(start + k + 1, start + k + 1 + len(u))
-        ids = [tokens[i] if i < n else tail[i - n] for i in positions]
+        count, first = len(u), start + k + 1
+        ids = tokens[first : first + count]
+        if len(ids) < count:
+            skipped = max(0, first - n)
+            ids += [*newest, *drafts][skipped : skipped + count - len(ids)]
         rows, logits = run(k, u, ids, start)
-        verified = max(0, min(len(u), n - k - start))  # rows whose token is no draft
+        verified = max(0, min(count, n - k - start))  # rows whose token is no draft
         state.start[k] = start + verified
-        state.add(k, u[verified : len(u) - len(carried)])
+        if verified < count - len(carried):
+            state.add(k, u[verified : count - len(carried)])
         if k + 1 < len(state.pending):
             state.begin(k + 1, start)
             state.add(k + 1, rows[:verified])

@@ -30,7 +30,7 @@ from refimpl.errors import InputError
 from refimpl.reference.trace import Trace
 
 _MAX_DECODE_ROWS = SPECULATIVE_ROWS + 1
-_ROWS_KEPT = 256  # of the embedding table, besides those of the newest step
+_KEPT_BYTES = 8 << 20  # of the embedding table's rows, besides those of the newest step
 MICRO_BATCH = 512
 """Rows that run through the model at once in prefill."""
 
@@ -201,7 +201,7 @@ class EngineModel:
             raise InputError(f"{depth} drafts asked for; the model has {layers} MTP layers")
         if not layers:
             return []
-        following = self._ids(next_tokens).tolist()
+        following = self._ids(next_tokens)
 
         def run(k: int, u: Array, ids: list[int], start: int) -> tuple[Array, Array]:
             return self._mtp_rows(k, u, ids, start, own)
@@ -223,7 +223,7 @@ class EngineModel:
         ids, own = self._checked(tokens, cache)
         tracer, steps, rows = Tracer(self.source, self.program), [], self._rows_at_once
         for at in range(0, len(ids), rows):
-            part = ids[at : at + rows].tolist()
+            part = ids[at : at + rows]
             h = np.ascontiguousarray(hidden[at : at + rows], dtype=np.float32)
             trace.begin_step()
             steps.append(tracer.trunk(part, h, own, len(part), False, trace, layers))
@@ -279,7 +279,7 @@ class EngineModel:
     def mtp_teacher_forced(self, tokens: Tokens, hidden: Array) -> list[tuple[Array, Array]]:
         """Logits (T-1-k, V) and block outputs (T-1-k, H) of every MTP layer k over a known text,
         as `ReferenceModel.mtp_teacher_forced`."""
-        ids, first = self._ids(tokens).tolist(), self.config.num_hidden_layers
+        ids, first = self._ids(tokens), self.config.num_hidden_layers
         cache, u, out = self.new_cache(len(ids)), hidden, []
         rows_at_once = self._rows_at_once
         for k in range(self.config.num_nextn_predict_layers):
@@ -302,11 +302,10 @@ class EngineModel:
         most = self._micro_batch
         return most if self.residency is None else min(most, self.residency.max_rows)
 
-    def _trunk(self, ids: Array, cache: EngineCache, wanted: int, trace: Trace | None = None,
-               row_by_row: bool = False) -> Step:  # fmt: skip
+    def _trunk(self, tokens: list[int], cache: EngineCache, wanted: int,
+               trace: Trace | None = None, row_by_row: bool = False) -> Step:  # fmt: skip
         """Run T rows; logits of the last `wanted` ones."""
-        tokens: list[int] = ids.tolist()
-        h = self._embedded(tokens)
+        h, count = self._embedded(tokens), len(tokens)
         n = self.config.num_hidden_layers
         if trace is not None:
             from refimpl.engine.tracing import Tracer
@@ -316,9 +315,9 @@ class EngineModel:
             step = tracer.trunk(tokens, h, cache, wanted, row_by_row, trace)
             hidden, logits = step.hidden, step.logits
         else:
-            hidden, logits = self.program.run(h, range(n), cache, cache.length, len(ids) - wanted)
+            hidden, logits = self.program.run(h, range(n), cache, cache.length, count - wanted)
         cache.tokens.extend(tokens)
-        cache.undoable = min(cache.undoable + len(ids), SPECULATIVE_ROWS)
+        cache.undoable = min(cache.undoable + count, SPECULATIVE_ROWS)
         return Step(logits, hidden)
 
     def _mtp_rows(
@@ -351,14 +350,14 @@ class EngineModel:
             return self.source.rows("embed_tokens", None, ids, np.float32)
         kept = self._lately
         if missing := [token for token in ids if token not in kept]:
-            if len(kept) > _ROWS_KEPT:
+            if 4 * self.config.hidden_size * len(kept) > _KEPT_BYTES:
                 kept.clear()
                 missing = ids
             rows = self.source.rows("embed_tokens", None, missing, np.float32)
             kept.update(zip(missing, rows, strict=True))
-        return kept[ids[0]][None] if len(ids) == 1 else np.stack([kept[token] for token in ids])
+        return kept[ids[0]][None] if len(ids) == 1 else np.array([kept[token] for token in ids])
 
-    def _checked(self, tokens: Tokens, cache: Cache) -> tuple[Array, EngineCache]:
+    def _checked(self, tokens: Tokens, cache: Cache) -> tuple[list[int], EngineCache]:
         own, ids = self._own(cache), self._ids(tokens)
         if own.length + len(ids) > own.capacity:
             needed = own.length + len(ids)
@@ -370,13 +369,13 @@ class EngineModel:
             raise InputError("this cache belongs to another model; make one with new_cache()")
         return cache
 
-    def _ids(self, tokens: Tokens) -> Any:
-        ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
+    def _ids(self, tokens: Tokens) -> list[int]:
+        ids: list[int] = np.asarray(tokens, dtype=np.int64).reshape(-1).tolist()
         vocab = self.config.vocab_size
-        if not len(ids):
+        if not ids:
             raise InputError("no tokens given; at least one is needed")
-        if ids.min() < 0 or ids.max() >= vocab:
-            bad = int(ids[(ids < 0) | (ids >= vocab)][0])
+        if min(ids) < 0 or max(ids) >= vocab:
+            bad = next(token for token in ids if not 0 <= token < vocab)
             raise InputError(f"token id {bad} is outside the vocabulary of {vocab}")
         return ids
 

@@ -25,7 +25,7 @@ from refimpl.engine.heads import attention_scratch, partial_bytes
 from refimpl.engine.kv import KvType, storing
 from refimpl.engine.memory import ALIGNMENT, Bytes, address, require_memory, round_up, zeroed
 from refimpl.engine.moe import group_table_bytes
-from refimpl.engine.records import LayerRecord, Records, Site, layer_record
+from refimpl.engine.records import LayerRecord, Record, Records, Site, layer_record
 from refimpl.engine.rotations import Rotations
 from refimpl.engine.simd import Simd
 from refimpl.engine.step import CLAIMS_PER_LAYER, runner
@@ -73,6 +73,11 @@ class Program:
             self._allocate()
             self._fixed_fields(simd, kv)
         self._run = runner(simd).ctypes
+        # Steps with few rows take less time than dozens of NumPy's accesses to single fields.
+        self._fields = self._step.data
+        self._step_address = address(self._step)
+        self._barrier_count = self._barrier[:8].view(np.int64).data
+        self._templates: dict[tuple[int, int], Record] = {}
         self._lock = threading.Lock()
         self._finish: Callable[[], None] | None = None
         # Runs by (first layer, stop, whether a head was run).
@@ -100,18 +105,22 @@ class Program:
         Raises:
             CheckpointError: the checkpoint file shrank.
         """
-        logits = np.empty((len(h) - head_first, self._config.vocab_size), dtype=np.float32)
+        count = len(h)
+        logits = np.empty((count - head_first, self._config.vocab_size), dtype=np.float32)
         with self._lock:
             self._records.check_files()
-            rows = self._h[: len(h)]
+            rows = self._h[:count]
             rows[:] = h
             given = None if embedded is None else np.ascontiguousarray(embedded, np.float32)
-            self._fill(len(h), layers, cache, start, given)
-            if len(logits):
-                self._fill_head(self._heads[layers[-1]], head_first, logits)
-            self._step[Step.PARTS] = parts
-            self.runs[layers.start, layers.stop, bool(len(logits))] += 1
-            self._team.run(self._run, address(self._step))
+            self._fill(count, layers, cache, start, given)
+            fields = self._fields
+            if count > head_first:
+                fields[Step.HEAD] = self._heads[layers.stop - 1].matrix
+                fields[Step.HEAD_FIRST] = head_first
+                fields[Step.OUT_LOGITS] = address(logits)
+            fields[Step.PARTS] = parts
+            self.runs[layers.start, layers.stop, count > head_first] += 1
+            self._team.run(self._run, self._step_address)
             if self._finish is not None:
                 self._finish()
             return rows.copy(), logits
@@ -142,6 +151,7 @@ class Program:
         self._step[Step.ORDER] = self._records.keep(order)
         self._step[Step.FETCH] = fetch
         self._finish = finish
+        self._templates.clear()
 
     @property
     def amx(self) -> AmxChoice:
@@ -180,29 +190,37 @@ class Program:
     def _fill(self, count: int, layers: range, cache: EngineCache, start: int,
               embedded: Array | None) -> None:  # fmt: skip
         """What differs from run to run: rows, layers, caches, positions."""
-        step = self._step
         cache.before_run(layers, start, count)
         self._rotations.use(start, count)
-        step[Step.ROWS], step[Step.START], step[Step.LAYERS] = count, start, len(layers)
-        step[Step.LAYER_TABLE] = address(self._table) + 8 * layers[0]
-        step[Step.KV_TABLE] = address(cache.table) + 8 * layers[0]
-        step[Step.EMBEDDED] = step[Step.HEAD] = 0
+        template = self._templates.get((layers.start, layers.stop))
+        self._step[:] = self._template(layers) if template is None else template
+        fields = self._fields
+        fields[Step.ROWS], fields[Step.START] = count, start
+        fields[Step.KV_TABLE] = cache.table_address + 8 * layers.start
         if embedded is not None:
-            head = self._heads[layers[-1]]
-            assert head.eh_site is not None
-            step[Step.EMBEDDED] = address(embedded)
-            step[Step.EH], step[Step.EH_PLAN] = head.eh, address(head.eh_site.plan)
-            step[Step.ENORM], step[Step.HNORM] = head.enorm, head.hnorm
-        self._claims[:] = 0
-        step[Step.BARRIER_BASE] = int(self._barrier[:8].view(np.int64)[0])
+            fields[Step.EMBEDDED] = address(embedded)
+        self._claims[: self._claim_bytes(len(layers))] = 0
+        fields[Step.BARRIER_BASE] = self._barrier_count[0]
 
-    def _fill_head(self, head: _Head, first: int, logits: Array) -> None:
-        """Which head, for which rows, and where its logits go."""
-        step = self._step
-        step[Step.HEAD] = head.matrix
-        step[Step.FINAL_NORM], step[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
-        step[Step.HEAD_FIRST] = first
-        step[Step.OUT_LOGITS], step[Step.OUT_BYTES] = address(logits), 4 * logits.shape[1]
+    def _template(self, layers: range) -> Record:
+        """The record of a run through some layers, as far as it is always the same: no logits,
+        and if they are an MTP layer's, no embeddings yet."""
+        made = self._templates[layers.start, layers.stop] = self._step.copy()
+        made[Step.LAYERS] = len(layers)
+        made[Step.LAYER_TABLE] = address(self._table) + 8 * layers.start
+        made[Step.EMBEDDED] = made[Step.HEAD] = 0
+        head = self._heads.get(layers.stop - 1)
+        if head is not None:
+            made[Step.FINAL_NORM], made[Step.FINAL_PLAN] = head.norm, address(head.site.plan)
+            made[Step.OUT_BYTES] = 4 * self._config.vocab_size
+            if head.eh_site is not None:
+                made[Step.EH], made[Step.EH_PLAN] = head.eh, address(head.eh_site.plan)
+                made[Step.ENORM], made[Step.HNORM] = head.enorm, head.hnorm
+        return made
+
+    def _claim_bytes(self, layers: int) -> int:
+        """Of the counters that a run through so many layers uses at most."""
+        return CLAIM_BYTES * self._team.size * (CLAIMS_PER_LAYER * layers + 16)
 
     def _layer(self, index: int) -> LayerRecord:
         c = self._config
@@ -284,7 +302,7 @@ class Program:
             Step.PARTIALS: max(partial_bytes(s, c.max_position_embeddings) for s in c.layers),
             Step.DONE: 64 * c.num_attention_groups,
             Step.SCRATCH: self._team.size * per_row[Step.SCRATCH_BYTES],
-            Step.CLAIMS: CLAIM_BYTES * self._team.size * (CLAIMS_PER_LAYER * c.num_layers + 16),
+            Step.CLAIMS: self._claim_bytes(c.num_layers),
         }
         require_memory(sum(wanted.values()), f"working memory for {t} rows at once")
         parts = {number: zeroed(size) for number, size in wanted.items()}

@@ -37,6 +37,7 @@ class Rotations:
         self.places: NDArray[np.int64] = np.zeros((2, len(freqs)), dtype=np.int64)
         self._starts = [_addresses(tables) for tables in (*self._few, self._many)]
         self._row_bytes = np.array([4 * len(f) for f in freqs], dtype=np.int64)
+        self._within = np.zeros_like(self._row_bytes)
 
     def use(self, start: int, count: int) -> None:
         """Have `places` say where rows start, start + 1, ... lie."""
@@ -49,7 +50,8 @@ class Rotations:
         if self._formed[half] != stretch:
             self._form(self._few[half], stretch * _STRETCH, _STRETCH + _FEW)
             self._formed[half] = stretch
-        np.add(self._starts[half], offset * self._row_bytes, out=self.places)
+        np.multiply(self._row_bytes, offset, out=self._within)
+        np.add(self._starts[half], self._within, out=self.places)
 
     def _form(self, tables: list[list[Array]], start: int, count: int) -> None:
         positions = np.arange(start, start + count)
