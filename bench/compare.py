@@ -41,6 +41,11 @@ _SAME_RUN = ("model", "quant", "device", "devices", "engine", "depth", "concurre
 _ROUNDED = 0.005  # relative difference of two figures of which one is rounded to three digits
 
 
+def speed_text(tok_s: float) -> str:
+    """Four digits, and of large numbers all before the point: `48.18`, `17940`."""
+    return f"{tok_s:.0f}" if tok_s >= 1000 else f"{tok_s:.4g}"
+
+
 def compare(records: Iterable[RunRecord], fit: Fit | None = None) -> dict[str, Any]:
     """The comparison of all rows: `rows` and `summary`, ready for JSON."""
     fit = load_fit() if fit is None else fit
@@ -150,7 +155,8 @@ def _figures(
         status = "held_out"
     if beyond:
         reasons.append(
-            f"measured {measured:g} tok/s is beyond the physical limit of {limit:.4g} tok/s"
+            f"measured {speed_text(measured or 0.0)} tok/s is beyond the physical limit of "
+            f"{speed_text(limit)} tok/s"
         )
     base = baseline_tok_s(run, quantity)
     return {

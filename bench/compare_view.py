@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.compare import COMPARED, worst_rows
+from bench.compare import COMPARED, speed_text, worst_rows
 from hwmodel.cli_support import counted, table
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def _rows_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
         [
             str(r["id"]),
             NAMES[r["quantity"]],
-            f"{r['measured']:.4g}",
-            f"{r['held_out_predicted'] or r['predicted']:.4g}",
+            speed_text(r["measured"]),
+            speed_text(r["held_out_predicted"] or r["predicted"]),
             f"{(r['held_out_predicted'] or r['predicted']) / r['measured']:.2f}",
             r["status"],
             f"{r['model']} {r['quant']} on {r['device']}, {r['engine']}"[:60],

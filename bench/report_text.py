@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.compare import COMPARED, worst_rows
+from bench.compare import COMPARED, speed_text, worst_rows
 from bench.markdown import markdown
 from bench.report import Sources, row_notes
 from hwmodel.cli_support import counted
@@ -220,7 +220,7 @@ def _worst_table(
         cells.append((
             str(r["id"]), NAMES[r["quantity"]],
             f"{r['model']} {r['quant']} on {r['device']}, {r['engine']}",
-            f"{r['measured']:.4g}", f"{predicted:.4g}", f"{predicted / r['measured']:.2f}",
+            speed_text(r["measured"]), speed_text(predicted), f"{predicted / r['measured']:.2f}",
             notes.get((r["id"], r["quantity"]), "No reason found in the source."),
         ))  # fmt: skip
     header = ("run", "quantity", "what", "measured tok/s", "predicted", "ratio", "reading")

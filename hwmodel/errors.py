@@ -48,6 +48,12 @@ class RunFileError(HwmodelError):
     """A file of measured runs cannot be read at all."""
 
 
+def _shown(value: float) -> str:
+    """`4096`, `1000000`, `0.01`, `nan`: as one would type it, whole numbers in full."""
+    whole = math.isfinite(value) and value == int(value) and abs(value) < 1e15
+    return str(int(value)) if whole else f"{value:g}"
+
+
 def check_range(option: str, value: float | None, low: float, high: float, unit: str = "") -> None:
     """Refuse an option's number outside its range; None (not given) passes.
 
@@ -57,5 +63,6 @@ def check_range(option: str, value: float | None, low: float, high: float, unit:
     if value is None or (math.isfinite(value) and low <= value <= high):
         return
     raise RequestError(
-        f"{option} is {value:g}, expected {low:g} to {high:g}{f' {unit}' if unit else ''}"
+        f"{option} is {_shown(value)}, expected {_shown(low)} to {_shown(high)}"
+        f"{f' {unit}' if unit else ''}"
     )

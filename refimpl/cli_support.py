@@ -24,6 +24,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
+_WHOLE = 1000  # characters: no first sentence is cut
+
+
 class SentenceGroup(click.Group):
     """A group whose errors are one line on stderr and an exit code, never a traceback.
 
@@ -57,6 +60,13 @@ class SentenceGroup(click.Group):
         module, _, attribute = self._lazy[name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their whole first sentence, over several lines if need be."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, c.get_short_help_str(_WHOLE)) for name, c in found if c and not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def main(
         self,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.compare import speed_text
 from bench.importers import llama_batched_bench, llama_bench, serving
 from bench.importers.table import Format, Stated, json_rows
 from bench.resolve import resolve
@@ -149,8 +150,9 @@ def _impossible(record: RunRecord) -> list[str]:
             limit *= users
         if measured > limit:
             found.append(
-                f"{quantity} is {measured:.4g}, more than the {limit:.4g} that the bandwidth "
-                f"and arithmetic of {record.device} allow; kept, flagged when compared"
+                f"{quantity} is {speed_text(measured)}, more than the {speed_text(limit)} that "
+                f"the bandwidth and arithmetic of {record.device} allow; kept, flagged when "
+                "compared"
             )
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compare import compare, own_run, worst_rows
+from bench.compare import compare, own_run, speed_text, worst_rows
 from bench.compare_view import comparison_text
 from bench.importers.read import import_runs
 from bench.importers.table import Stated
@@ -152,3 +152,10 @@ def test_rows_that_do_not_count_are_shown_where_none_does() -> None:
     text = comparison_text(compare(rows))
     assert "none counts in the errors below" in text and "errors in %" not in text
     assert "not judged" in text and "2 more, see --json" in text
+
+
+@pytest.mark.parametrize(
+    ("tok_s", "text"), [(0.123456, "0.1235"), (48.18, "48.18"), (1000.4, "1000"), (17940, "17940")]
+)
+def test_speeds_are_never_written_with_an_exponent(tok_s: float, text: str) -> None:
+    assert speed_text(tok_s) == text

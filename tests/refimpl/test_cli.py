@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -31,6 +32,17 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
     assert done.exit_code == 0
     assert "Example" in done.stdout
     assert f"refimpl {' '.join(words)} " in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("program", ["refimpl", "hwmodel", "bench"])
+def test_the_list_of_commands_cuts_no_sentence(program: str) -> None:
+    group = importlib.import_module(f"{program}.cli").main
+    listed = CliRunner().invoke(group, ["--help"]).stdout.partition("Commands:")[2]
+    ctx = click.Context(group)
+    assert "..." not in listed
+    for name in group.list_commands(ctx):
+        sentence = group.get_command(ctx, name).get_short_help_str(1000)
+        assert f"{name} {sentence}" in " ".join(listed.split())
 
 
 def test_version() -> None:
