@@ -22,7 +22,7 @@ from bench.interleave import (
     read_rounds,
     run_rounds,
 )
-from bench.runners.base import Runner
+from bench.runners.base import Measurement, Runner
 from refimpl.benchmark.record import loop_sources
 from refimpl.engine.simd import sources_hash
 
@@ -113,12 +113,8 @@ def unmet(case: Case, rounds: Iterable[Round], wanted: int, best: float) -> Case
     Args:
         best: the memory's best speed, bytes/s.
     """
-    own = sources_hash()
-    present = {"", own, f"{own} loop {loop_sources()}"}
-    if any(e.test.mtp for e in case.entries):
-        present.discard(own)
-    mine = [r for r in rounds if r.case == case.name and r.kernels in present]
-    quiet = [{k for k in r.arms if r.is_quiet(best, k)} for r in mine]
+    mine = [r for r in rounds if r.case == case.name]
+    quiet = [{k for k, m in r.arms.items() if _current(m) and r.is_quiet(best, k)} for r in mine]
     if not case.apart:
         labels = {k for r in mine for k in r.arms} | {
             e.label for e in case.entries if not e.variant
@@ -126,6 +122,13 @@ def unmet(case: Case, rounds: Iterable[Round], wanted: int, best: float) -> Case
         return None if sum(labels <= q for q in quiet) >= wanted else case
     left = [e for e in case.entries if sum(e.label in q for q in quiet) < wanted]
     return replace(case, entries=tuple(left)) if any(not e.anchor for e in left) else None
+
+
+def _current(m: Measurement) -> bool:
+    """Whether a measurement is of the present kernels and draft-and-verify loop."""
+    loop = loop_sources() if m.record.get("mtp") else None
+    own = m.record.get("kernels"), m.record.get("loop")
+    return m.engine != "refimpl" or own == (sources_hash(), loop)
 
 
 @contextlib.contextmanager

@@ -88,10 +88,9 @@ class Round:
     def kernels(self) -> str:
         """Hash of the engine's compiled sources in the round, with that of the draft-and-verify
         loop where it ran; '' without the engine."""
-        for record in (m.record for m in self.arms.values() if m.engine == "refimpl"):
-            if found := record.get("kernels"):
-                return " loop ".join(str(h) for h in (found, record.get("loop")) if h)
-        return ""
+        own = [m.record for m in self.arms.values() if m.engine == "refimpl"]
+        found = (next((str(r[k]) for r in own if r.get(k)), "") for k in ("kernels", "loop"))
+        return " loop ".join(h for h in found if h)
 
     def probes(self, *labels: str) -> list[float]:
         """Medians of the probes, bytes/s: those before and after the arms named, or all."""

@@ -28,11 +28,12 @@ def case(*labels: str, apart: bool = False, anchor: str = "", mtp: str = "") -> 
 
 
 def a_round(*labels: str, kernels: str = "new", after: float = 100.0, loop: str = "") -> Round:
-    record = {"kernels": kernels, "loop": loop or None}
-    made = {
-        k: Measurement("refimpl" if k != "llama.cpp" else k, "1", "", (1.0,), (1,), record)
-        for k in labels
-    }
+    made = {}
+    for k in labels:
+        drafts = k.startswith("mtp")
+        record = {"kernels": kernels, "loop": loop if drafts else None, "mtp": k if drafts else ""}
+        engine = k if k == "llama.cpp" else "refimpl"
+        made[k] = Measurement(engine, "1", "", (1.0,), (1,), record)
     return Round("c", 0.0, "host", (100.0,), (after,), {}, made)
 
 
@@ -68,6 +69,10 @@ def test_rounds_of_other_kernels_or_another_loop_do_not_count() -> None:
     assert unmet(drafts, [a_round("mtp auto", loop="other")], 1, 100) is drafts
     assert unmet(drafts, [a_round("mtp auto")], 1, 100) is drafts
     assert unmet(drafts, [a_round("mtp auto", loop="loop")], 1, 100) is None
+    both = case("refimpl", "mtp auto", apart=True)
+    mixed = a_round("refimpl", "mtp auto", loop="other")
+    assert labels_of(unmet(both, [mixed], 1, 100)) == ["mtp auto"]
+    assert mixed.kernels == "new loop other"
 
 
 def test_an_engine_that_is_not_there_is_not_waited_for() -> None:
