@@ -52,6 +52,7 @@ class MtpState:
         self._records, self._window = list(records), window
         self.pending: list[list[Array]] = [[] for _ in records]
         self.start = [0] * len(self._records)
+        self._waiting = [0] * len(self._records)  # rows in each queue
         self.rows = 0
         self._guessed: _Guessed | None = None
 
@@ -70,26 +71,27 @@ class MtpState:
             return
         queue = self.pending[level]
         queue.append(np.asarray(rows, dtype=np.float32))
-        if len(queue) == 1:
-            return
+        self._waiting[level] += len(rows)
         needed = (len(self.pending) - level) * self._window + SPECULATIVE_ROWS
-        while len(queue) > 1 and sum(map(len, queue[1:])) >= needed:
-            self.start[level] += len(queue.pop(0))
+        while self._waiting[level] - len(queue[0]) >= needed:
+            dropped = len(queue.pop(0))
+            self.start[level] += dropped
+            self._waiting[level] -= dropped
 
     def begin(self, level: int, position: int) -> None:
         """The next rows of a layer start at `position`; after a gap, those before it go."""
-        if self.start[level] + self.waiting(level) != position:
-            self.pending[level], self.start[level] = [], position
+        if self.start[level] + self._waiting[level] != position:
+            self.take(level)
+            self.start[level] = position
             self.set_first(level, position)
 
     def waiting(self, level: int) -> int:
         """Rows that wait for a layer."""
-        queue = self.pending[level]
-        return sum(map(len, queue)) if queue else 0
+        return self._waiting[level]
 
     def take(self, level: int) -> tuple[int, list[Array]]:
         """Position of the first queued row, and the rows; the queue is then empty."""
-        rows, self.pending[level] = self.pending[level], []
+        rows, self.pending[level], self._waiting[level] = self.pending[level], [], 0
         return self.start[level], rows
 
     def shorten(self, keep: int) -> None:
@@ -134,7 +136,7 @@ class MtpState:
         if count:
             queue = self.pending[level]
             left = np.concatenate(queue)[count:] if queue else np.empty((0, 0), np.float32)
-            self.pending[level] = [left] if len(left) else []
+            self.pending[level], self._waiting[level] = [left] if len(left) else [], len(left)
             self.start[level] += count
 
     def snapshot(self) -> tuple[Any, ...]:
@@ -146,6 +148,7 @@ class MtpState:
         """Back to the moment of the snapshot."""
         pending, start, first, self.rows = snapshot
         self.pending, self.start = [list(queue) for queue in pending], list(start)
+        self._waiting = [sum(map(len, queue)) for queue in pending]
         for level, position in enumerate(first):
             self.set_first(level, position)
         self._guessed = None

@@ -35,23 +35,22 @@ class Rotations:
         self._few = [_tables(freqs, _STRETCH + _FEW) for _ in range(2)]
         self._formed = [-1, -1]  # which stretches they hold
         self.places: NDArray[np.int64] = np.zeros((2, len(freqs)), dtype=np.int64)
-        self._starts = [_addresses(tables) for tables in (*self._few, self._many)]
-        self._row_bytes = np.array([4 * len(f) for f in freqs], dtype=np.int64)
-        self._within = np.zeros_like(self._row_bytes)
+        self._start = _addresses(self._many)
+        ahead = 4 * np.arange(_STRETCH)[:, None, None] * np.array([len(f) for f in freqs])
+        self._within = [_addresses(tables) + ahead for tables in self._few]  # (stretch, 2, sets)
 
     def use(self, start: int, count: int) -> None:
         """Have `places` say where rows start, start + 1, ... lie."""
         if count > _FEW:
             self._form(self._many, start, count)
-            self.places[:] = self._starts[-1]
+            self.places[:] = self._start
             return
         stretch, offset = divmod(start, _STRETCH)
         half = stretch % 2
         if self._formed[half] != stretch:
             self._form(self._few[half], stretch * _STRETCH, _STRETCH + _FEW)
             self._formed[half] = stretch
-        np.multiply(self._row_bytes, offset, out=self._within)
-        np.add(self._starts[half], self._within, out=self.places)
+        self.places[:] = self._within[half][offset]
 
     def _form(self, tables: list[list[Array]], start: int, count: int) -> None:
         positions = np.arange(start, start + count)
