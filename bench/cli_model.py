@@ -50,6 +50,9 @@ def compare(
     from bench.compare_view import comparison_text
 
     names = runs or (_PUBLISHED,)
+    if not (runs or device or model or fit_file or json_out):
+        out = out or _DEFAULT_OUT
+    _check_outputs(json_out, out)
     records = _read(names, device, model)
     fit = _fit(fit_file)
     result = beside(records, fit)
@@ -59,13 +62,21 @@ def compare(
         click.echo(comparison_text(result))
         if json_out:
             _write(Path(json_out), result)
-    if not (runs or device or model or fit_file or json_out):
-        out = out or _DEFAULT_OUT
     if out:
         from bench.compare_files import write_comparison
 
         for path in write_comparison(Path(out), records, result, fit, _source_names(names)):
             note(f"wrote {path}")
+
+
+def _check_outputs(json_out: str | None, out: str | None) -> None:
+    from hwmodel.errors import RequestError
+    from hwmodel.files import check_writable
+
+    if json_out and json_out != "-":
+        check_writable(Path(json_out))
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise RequestError(f"--out is {out!r}, a file; expected a folder for table and plots")
 
 
 _PUBLISHED = "published"

@@ -117,12 +117,16 @@ def plan(
       hwmodel plan --device h200 --count 8 --model deepseek-v3.2
     """
     from hwmodel.catalogue import find_model
-    from hwmodel.cli_support import print_json
+    from hwmodel.cli_support import note, print_json
     from hwmodel.plan import make_plan
     from hwmodel.plan_json import plan_json
     from hwmodel.plan_view import plan_text
     from hwmodel.request import make_request
 
+    if plot is not None:
+        from hwmodel.plots import check_name
+
+        check_name(plot)
     if given["quant"] is None and model.endswith(".gguf"):
         given["quant"] = model
     answer = make_plan(make_request(model=find_model(model), ram_gb=ram, **given))
@@ -134,4 +138,5 @@ def plan(
         from hwmodel.plots import draw_plan
 
         draw_plan(answer, plot)
+        note(f"wrote {plot}")
     ctx.exit(0 if answer.holds else 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwmodel.errors import RequestError
-from hwmodel.files import write_whole
+from hwmodel.files import check_writable, write_whole
 from hwmodel.predict import predict
 from hwmodel.run import RunConfig
 
@@ -120,10 +120,9 @@ def draw_plan(plan: Plan, path: str) -> None:
     """Decode against depth of a plan, up to the longest context that fits, into one file.
 
     Raises:
-        RequestError: the file's name ends neither in .png nor in .svg.
+        RequestError, OSError: no picture can be written there.
     """
-    if not path.endswith((".png", ".svg")):
-        raise RequestError(f"--plot is {path!r}, expected a name that ends in .png or .svg")
+    check_name(path)
     chosen = plan.chosen
     many = f"{chosen.count}x " if chosen.count > 1 else ""
     label = f"{chosen.run.quant.name} in {chosen.engine.title}"
@@ -263,8 +262,10 @@ def check_name(path: str) -> None:
 
     Raises:
         RequestError: the name ends neither in .png nor in .svg, or its folder is missing.
+        OSError: the folder may not be written to, or what has that name is no file.
     """
     if not path.endswith((".png", ".svg")):
         raise RequestError(f"the picture is {path!r}, expected a name that ends in .png or .svg")
     if not Path(path).resolve().parent.is_dir():
         raise RequestError(f"the folder of {path!r} does not exist")
+    check_writable(Path(path))

@@ -75,7 +75,7 @@ def chat(ctx: click.Context, as_json: bool, **given: Any) -> None:
     from refimpl.text.tools import Tools
 
     file = given["tools"]
-    tools = Tools() if file is None else Tools.from_json(read_text(file, "the tools"), file)
+    tools = Tools() if file is None else Tools.from_json(read_text(file, "the list of tools"), file)
     options = generate_options(given)
     with opened_model({**given, "stats": False, "simulate_acceptance": None}) as model:
         for warning in model.warnings:

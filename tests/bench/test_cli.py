@@ -165,3 +165,15 @@ def test_too_few_rows_make_no_fit(runs: Callable[..., Path], tmp_path: Path) -> 
     assert result.exit_code == 2
     assert "usable figures" in result.stderr
     assert not (tmp_path / "fit.json").exists()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for option, name, words in (
+        ("--out", "file", "a file; expected a folder"),
+        ("--json", "no/x.json", "No such file or directory"),
+    ):
+        done = run("compare", "--device", "m4max", option, str(tmp_path / name))
+        assert (done.exit_code, done.stdout) == (2, "") and words in done.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

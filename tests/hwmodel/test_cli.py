@@ -202,3 +202,19 @@ def test_a_model_of_short_context_needs_no_option(command: str) -> None:
     """What is asked by default ends where the model does: 4,096 tokens here."""
     result = run(*command.split(), "m4max", "--model", "llama-2-7b")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        ("x.pdf", "expected a name that ends in .png or .svg"),
+        ("no/x.png", "the folder of"),
+        (f"{'x' * 300}.png", "File name too long"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_refused_before_the_plan(
+    plot: str, words: str, tmp_path: Path
+) -> None:
+    done = RUNNER.invoke(main, ["plan", "--device", "m4max", "--plot", str(tmp_path / plot)])
+    assert done.exit_code == 2 and words in done.stderr and not done.stdout
+    assert not list(tmp_path.iterdir())
