@@ -112,17 +112,23 @@ def memory_bytes(size: float | None) -> int | None:
 
 
 def note_residency(backend: Any) -> None:
-    """Say what of a model larger than memory is held."""
+    """Say what of a model larger than memory is held, now or when a cache makes it so."""
     program = getattr(backend, "program", None)
     if program is not None and program.amx.failed:
         note(f"note: prefill without AMX: {program.amx.reason}")
-    residency = getattr(backend, "residency", None)
-    if residency is not None:
-        held, size = residency.slots, residency.slots * residency.slot_bytes
-        note(
-            f"note: the model is larger than the memory it may use: {held} of "
-            f"{residency.experts} experts ({_bytes(size)}) are held, others are read when chosen"
-        )
+    if getattr(backend, "residency", None) is not None:
+        _note_held(backend.residency, "the model is")
+    elif hasattr(backend, "on_residency"):
+        what = "the model with its context is"
+        backend.on_residency = lambda: _note_held(backend.residency, what)
+
+
+def _note_held(residency: Any, what_is: str) -> None:
+    held, size = residency.slots, residency.slots * residency.slot_bytes
+    note(
+        f"note: {what_is} larger than the memory it may use: {held} of "
+        f"{residency.experts} experts ({_bytes(size)}) are held, others are read when chosen"
+    )
 
 
 def measured(model: OpenModel, given: dict[str, Any]) -> OpenModel:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from refimpl.checkpoint.stored import StoredSource
 from refimpl.engine.disk import supported
 from refimpl.engine.expert_files import shared_parts, slot_bytes
-from refimpl.engine.expert_slots import minimal_slots
+from refimpl.engine.expert_slots import minimal_slots, require_slots
 from refimpl.engine.files import fits_memory
-from refimpl.engine.memory import available_bytes, own_bytes
+from refimpl.engine.memory import available_bytes, own_bytes, round_up
 from refimpl.engine.program import Program
 from refimpl.errors import InputError
 
@@ -15,17 +15,18 @@ _LEAST_SPARE, _MOST_SPARE = 256 << 20, 1 << 30
 
 
 def planned_slots(
-    source: StoredSource, program: Program, memory_bytes: int | None = None
+    source: StoredSource, program: Program, memory_bytes: int | None = None, cache_bytes: int = 0
 ) -> int | None:
-    """Experts to hold in memory, or None if the checkpoint is used from its memory map alone:
+    """Slots for experts in memory, or None if the checkpoint is used from its memory map alone:
     all of it fits, it has no routed experts, or this system cannot read into given memory.
 
     Args:
         memory_bytes: what the process may use, mapped files included; by default what is free
             but for a sixteenth (256 MB to 1 GB).
+        cache_bytes: of a cache that is to be made beside them: slots include the room for it.
 
     Raises:
-        InputError: less than a step needs, or more than there is.
+        InputError: less than a step needs, the cache aside, or more than there is.
     """
     size = sum(file.size for file in program.files)
     if not supported() or not any(spec.is_moe for spec in source.config.layers):
@@ -35,7 +36,7 @@ def planned_slots(
     free = available_bytes()
     if memory_bytes is None:
         room = free - min(max(free // 16, _LEAST_SPARE), _MOST_SPARE)
-    elif memory_bytes >= size + own_bytes():
+    elif memory_bytes >= size + cache_bytes + own_bytes():
         return None
     elif memory_bytes > free + own_bytes():
         raise InputError(
@@ -44,10 +45,15 @@ def planned_slots(
         )
     else:
         room = memory_bytes - own_bytes()
-    return _slots(source, program, size, room)
+    slots, each = _slots(source, program, size, room), slot_bytes(source)
+    beside = round_up(cache_bytes, each) // each
+    require_slots(slots - beside, minimal_slots(source.config), each, cache_bytes)
+    moe = sum(spec.is_moe for spec in source.config.layers)
+    return min(slots, moe * source.config.moe_num_experts + beside)
 
 
 def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
+    """As many as there is room for beside what every token needs, more than experts even."""
     shared = sum(length for _, _, length in shared_parts(source, program.files))
     working = sum(part.nbytes for part in program.working_memory())
     each, least = slot_bytes(source), minimal_slots(source.config)
@@ -61,5 +67,4 @@ def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
             f"{least * each / 1e9:.2f} for {least} experts; free or allow more memory, or use a "
             "smaller type"
         )
-    moe = sum(spec.is_moe for spec in source.config.layers)
-    return int(min(slots, moe * source.config.moe_num_experts))
+    return int(slots)

@@ -22,6 +22,7 @@ from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.disk import DirectFile, Readers, anonymous, span
 from refimpl.engine.expert_files import area_bytes, lies_in, offset_of, slot_bytes, stacks_of
 from refimpl.engine.fields import Layer, Step
+from refimpl.engine.files import MappedFile
 from refimpl.engine.memory import round_up
 from refimpl.engine.program import Program
 from refimpl.errors import InputError
@@ -37,6 +38,7 @@ class _Stack:
     """One stacked tensor of a layer.
 
     Attributes:
+        file, mapped: where it is read from, and its map.
         offset: of its first expert in the file.
         expert_bytes: of one expert.
         area: where its slices lie in a slot.
@@ -44,6 +46,7 @@ class _Stack:
     """
 
     file: DirectFile
+    mapped: MappedFile
     offset: int
     expert_bytes: int
     area: int
@@ -73,6 +76,24 @@ class Traffic:
 def minimal_slots(config: ModelConfig) -> int:
     """Slots that a step of one verification needs."""
     return min(config.moe_num_experts, config.moe_top_k * (SPECULATIVE_ROWS + 1))
+
+
+def require_slots(left: int, least: int, slot_bytes: int, size: int) -> None:
+    """Refuse what leaves too few slots.
+
+    Args:
+        left: slots beside `size` bytes of other use, perhaps fewer than none.
+        least: see `minimal_slots`.
+
+    Raises:
+        InputError: with the arithmetic.
+    """
+    if left < least:
+        raise InputError(
+            f"{size / 1e9:.2f} GB for a context leave room for {max(0, left)} experts in memory, "
+            f"of which a step needs {least} of {slot_bytes / 1e6:.1f} MB; ask for a shorter "
+            "context or a smaller KV type, or allow more memory"
+        )
 
 
 class Experts:
@@ -113,7 +134,8 @@ class Experts:
             places = np.zeros(self._count, dtype=np.int64)
             program.set_places(layer, number, places)
             size = tensor.rows.nbytes // self._count
-            made.append(_Stack(files[file.address], offset_of(tensor, file), size, area, places))
+            direct, offset = files[file.address], offset_of(tensor, file)
+            made.append(_Stack(direct, file, offset, size, area, places))
             area += area_bytes(tensor)
         return tuple(made)
 
@@ -140,9 +162,11 @@ class Experts:
                        self.readers.bytes_read, self.readers.busy_s)  # fmt: skip
 
     def forget_read_ahead(self) -> None:
-        """Let the page cache drop experts that came along with their neighbours."""
+        """Let memory map and page cache drop experts, which came along with their neighbours or
+        when the whole file was read."""
         for stacks in self._stacks.values():
             for stack in stacks:
+                stack.mapped.release(stack.offset, stack.expert_bytes * self._count)
                 stack.file.forget(stack.offset, stack.expert_bytes * self._count)
 
     def choose(self, layer_address: int) -> None:
@@ -255,12 +279,7 @@ class Experts:
             self._take_back()
             yielded = self._yielded + size
             capacity = self._whole - round_up(yielded, self.slot_bytes) // self.slot_bytes
-            if capacity < self._minimum:
-                raise InputError(
-                    f"{size / 1e9:.2f} GB more leave room for {max(0, capacity)} experts in "
-                    f"memory, of which a step needs {self._minimum} of {self.slot_bytes / 1e6:.1f} "
-                    "MB; ask for a shorter context or a smaller KV type, or allow more memory"
-                )
+            require_slots(capacity, self._minimum, self.slot_bytes, size)
             self._resize(yielded, capacity)
 
     def _take_back(self) -> None:

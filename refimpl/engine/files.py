@@ -57,6 +57,15 @@ class MappedFile:
                 "use; restore it and start again"
             )
 
+    def release(self, start: int, length: int) -> None:
+        """Take whole pages of a part out of the process's memory; touched again, they are read
+        again."""
+        page = mmap.PAGESIZE
+        low, high = -(-start // page) * page, (start + length) // page * page
+        if low < high:
+            with contextlib.suppress(OSError, AttributeError, ValueError):
+                self.mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+
     def resident_bytes(self) -> int | None:
         """Bytes of the file that are in memory, or None where the system does not say."""
         page = mmap.PAGESIZE

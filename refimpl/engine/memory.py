@@ -100,8 +100,7 @@ def require_allowed(needed: int, what: str, allowed: int, file_bytes: int) -> No
         raise InputError(
             f"{what} needs {needed / 1e9:.2f} GB, but of the {allowed / 1e9:.2f} GB that may be "
             f"used {left / 1e9:.2f} GB are left beside the model's {file_bytes / 1e9:.2f} GB and "
-            "this process; allow more (or less than the model takes, so that experts stay on "
-            "disk), or ask for a shorter context or a smaller KV type"
+            "this process; allow more, or ask for a shorter context or a smaller KV type"
         )
 
 

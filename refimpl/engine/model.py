@@ -46,7 +46,9 @@ class EngineModel:
         simd: 'avx512', 'avx2' or 'portable'; default `REFIMPL_SIMD` or the best.
         micro_batch: rows at once in prefill.
         memory_bytes: what the process may use of memory, mapped files included; default what
-            is free. A larger checkpoint has its experts read from disk when they are chosen.
+            is free. A larger checkpoint has its experts read from disk when they are chosen; so
+            has one that fits, from when a cache is made that does not fit beside it
+            (`on_residency`, if set, is called then).
         ring: False keeps all rows on sliding layers too (for tests of the ring).
 
     A row's result has the same bits for any number of threads and of drafts. Prompts in chunks of
@@ -83,6 +85,8 @@ class EngineModel:
         slots = planned_slots(source, self.program, memory_bytes)
         self._lately: dict[int, Array] = {}
         self._allowed = memory_bytes
+        self._reading: Callable[[int, int], None] | None = None
+        self.on_residency: Callable[[], None] | None = None
         self.residency = None if slots is None else Residency(self.program, source, slots)
 
     @property
@@ -111,15 +115,34 @@ class EngineModel:
             raise InputError(f"a context of {capacity} tokens is asked for; the model has {limit}")
         size = self.cache_bytes(capacity)
         require_memory(size, self._context(capacity))
+        before = self.residency
+        if before is None and self._allowed is not None:
+            self._keep_within(self._allowed, size, self._context(capacity))
         if self.residency is not None:
             self.residency.make_room(size)
-        elif self._allowed is not None:
-            mapped = sum(file.size for file in self.program.files)
-            require_allowed(size, self._context(capacity), self._allowed, mapped)
+            if before is None and self.on_residency is not None:
+                self.on_residency()
         made = EngineCache(self, self.config, self._kv, capacity, self._micro_batch, self._ring)
         if self.residency is not None:
             weakref.finalize(made, self.residency.give_back, size).atexit = False
         return made
+
+    def _keep_within(self, allowed: int, size: int, what: str) -> None:
+        """See to it that a cache of `size` bytes fits: beside the whole checkpoint, which is read
+        ahead then if that was asked for, or beside fewer experts.
+
+        Raises:
+            InputError: it fits neither way.
+        """
+        slots = planned_slots(self.source, self.program, allowed, size)
+        if slots is not None:
+            self.residency = Residency(self.program, self.source, slots)
+            self.residency.read_shared(lambda done, total: None)
+            return
+        require_allowed(size, what, allowed, sum(file.size for file in self.files))
+        progress, self._reading = self._reading, None
+        if progress is not None:
+            self._read_whole(progress)
 
     def _context(self, capacity: int) -> str:
         """How much a context needs and why, for messages."""
@@ -260,11 +283,18 @@ class EngineModel:
 
     def read_ahead(self, progress: Callable[[int, int], None]) -> bool:
         """Read the checkpoint into memory, if it is large and fits, or else what every token
-        reads; whether anything was read."""
-        files = self.files
+        reads; whether anything was read. Where memory is limited, the first cache decides about
+        that, and it is read then."""
         if self.residency is not None:
             self.residency.read_shared(progress)
             return True
+        if self._allowed is not None:
+            self._reading = progress
+            return False
+        return self._read_whole(progress)
+
+    def _read_whole(self, progress: Callable[[int, int], None]) -> bool:
+        files = self.files
         if sum(file.size for file in files) < LARGE_BYTES or not fits_memory(files):
             return False
         populate(files, progress)

@@ -38,7 +38,7 @@ class Residency:
 
     Args:
         program: its MoE layers are made to use the slots.
-        slots: how many; at least `minimal_slots`.
+        slots: how many; at least `minimal_slots`. More than there are experts are room for caches.
 
     Raises:
         CheckpointError: a file cannot be opened for reading.
@@ -63,7 +63,7 @@ class Residency:
     def slots(self) -> int:
         """Experts that memory holds."""
         self._experts.make_room(0)
-        return self._experts.capacity
+        return min(self._experts.capacity, self.experts)
 
     @property
     def area(self) -> NDArray[np.uint8]:

@@ -209,16 +209,107 @@ def test_memory_is_divided_with_the_arithmetic(
         EngineModel(source, micro_batch=4, memory_bytes=shared)
     model = EngineModel(source, micro_batch=4, memory_bytes=size)
     assert model.residency is None
-    monkeypatch.setattr(memory, "own_bytes", lambda: 0)
-    with pytest.raises(InputError, match=r"a context of 64 tokens .* 0.00 GB are left beside the"):
-        model.new_cache(64)
-    model.close()
-    model = EngineModel(source, micro_batch=4, memory_bytes=size + model.cache_bytes(64))
-    assert model.new_cache(64).length == 0
     model.close()
     monkeypatch.setattr(budget, "available_bytes", lambda: 1000)
     with pytest.raises(InputError, match=r"may be used, but only .* are free; allow less"):
         EngineModel(source, micro_batch=4, memory_bytes=allowed)
+
+
+@pytest.fixture
+def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without memory of its own, so that every byte is the model's."""
+    monkeypatch.setattr(budget, "own_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "own_bytes", lambda: 0)
+
+
+@pytest.mark.usefixtures("nothing_else")
+def test_more_memory_never_holds_fewer_experts(source: StoredSource) -> None:
+    """From what a step needs beside a context up to all of it, each value works; there is no gap
+    where the model fits, but its context does not fit beside it."""
+    plain = EngineModel(source, micro_batch=4)
+    expected, caches = logits(plain), plain.cache_bytes(CONTEXT)
+    size, each = sum(file.size for file in plain.files), slot_bytes(source)
+    shared = sum(length for _, _, length in shared_parts(source, plain.files))
+    working = sum(part.nbytes for part in plain.working_memory())
+    plain.close()
+    beside = -(-caches // each)
+    least = shared + working + (minimal_slots(source.config) + beside) * each
+    held = []
+    for allowed in (least, (least + size) // 2, size - 1, size, size + caches - 1, size + caches):
+        model = EngineModel(source, micro_batch=4, memory_bytes=allowed)
+        assert (model.residency is None) == (allowed >= size)
+        assert logits(model) == expected
+        assert (model.residency is None) == (allowed == size + caches)
+        if model.residency is not None:
+            cache = model.new_cache(CONTEXT)
+            held.append(model.residency.slots)
+            assert working + shared + held[-1] * each + caches <= allowed
+            del cache
+        model.close()
+    assert held[0] == minimal_slots(source.config)
+    assert held == sorted(held)
+    assert held[-1] > held[0]
+
+
+@pytest.mark.usefixtures("nothing_else")
+def test_a_context_decides_whether_experts_stay_on_disk(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that is said once; the file is read as a whole only where it then fits."""
+    monkeypatch.setattr("refimpl.engine.model.LARGE_BYTES", 0)
+    size = sum(file.size for file in EngineModel(source, micro_batch=4).files)
+    for room, whole in ((1 << 30, True), (0, False)):
+        model = EngineModel(source, micro_batch=4, memory_bytes=size + room)
+        seen, said = _told(model)
+        caches = [model.new_cache(CONTEXT) for _ in range(2)]
+        assert (seen[-1:] == [size]) is whole
+        assert said == ([] if whole else [model.residency])
+        assert (model.residency is None) is whole
+        del caches
+        model.close()
+
+
+def _told(model: EngineModel) -> tuple[list[int], list[Residency | None]]:
+    """What will be said of reading ahead, in bytes, and of experts left on disk."""
+    seen: list[int] = []
+    said: list[Residency | None] = []
+    model.on_residency = lambda: said.append(model.residency)
+    assert not model.read_ahead(lambda done, total: seen.append(done))
+    return seen, said
+
+
+@pytest.mark.usefixtures("nothing_else")
+def test_a_context_that_fits_neither_way_is_refused(
+    source: StoredSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = EngineModel(source, micro_batch=4)
+    size, context = sum(f.size for f in plain.files), source.config.max_position_embeddings
+    monkeypatch.setattr(EngineModel, "cache_bytes", lambda self, capacity: 2 * size)
+    model = EngineModel(source, micro_batch=4, memory_bytes=size)
+    with pytest.raises(InputError, match=r"for a context leave room for 0 experts in memory, of"):
+        model.new_cache(context)
+    assert model.residency is None
+    monkeypatch.setattr(budget, "supported", lambda: False)
+    with pytest.raises(InputError, match=r"0.00 GB are left beside the .* allow more, or ask for"):
+        model.new_cache(context)
+    model.close()
+    plain.close()
+
+
+@pytest.mark.usefixtures("nothing_else")
+def test_the_command_says_that_a_context_leaves_experts_on_disk(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 150)
+    ids = tmp_path / "ids.json"
+    ids.write_text("[1, 2, 3]")
+    size = model_file.stat().st_size
+    words = ["generate", "--tokens", str(ids), "--model", str(model_file), "--max-new-tokens", "2"]
+    for room, times in ((10, 1), (1 << 30, 0)):
+        done = CliRunner().invoke(main, [*words, "--memory", f"{(size + room) / 1e9:.9f}"])
+        assert done.exit_code == 0, done.stderr
+        said = "the model with its context is larger than the memory it may use: "
+        assert done.stderr.count(said) == times
 
 
 def test_a_checkpoint_larger_than_free_memory_has_its_experts_on_disk(
