@@ -25,8 +25,10 @@ from bench.interleave import (
 )
 from bench.runners.base import Runner, RunnerError, RunnerTest
 from hwmodel.errors import RequestError
+from hwmodel.files import check_writable
 
 ENGINES = ("refimpl", "refimpl-reference", "llama.cpp", "http://...")
+MTP = ("0", "1", "2", "3", "auto")
 _PROBE_BYTES = 1 << 30
 _PROBE_REPETITIONS = 12
 
@@ -39,7 +41,10 @@ class Job:
         prompts, gens, depths: tokens; files are prefilled and decoded at each depth, endpoints are
             asked prompts of that length plus depth.
         concurrency, requests: of endpoints.
-        mtp: drafts of refimpl's whole loop, or ''.
+        mtp: drafts of refimpl's whole loop, one of `MTP`, or ''.
+
+    Raises:
+        RequestError: `mtp` is something else.
     """
 
     model: Path | None
@@ -53,6 +58,10 @@ class Job:
     kv_type: str | None = None
     micro_batch: int | None = None
     mtp: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mtp not in ("", *MTP):
+            raise RequestError(f"--mtp is {self.mtp!r}, expected one of {', '.join(MTP)}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class Files:
 
         Raises:
             RequestError: a file with no rounds beside it, or no folder.
+            OSError: the folder may not be written to.
         """
         if not self.out.parent.is_dir():
             raise RequestError(f"{self.out.parent}: no such folder; make it first")
@@ -86,6 +96,7 @@ class Files:
                 f"{self.out}: exists, but has no {self.rounds.name} beside it, so it would be lost;"
                 " give another --out"
             )
+        check_writable(self.out)
 
     def keep_request(self, request: Mapping[str, Any]) -> None:
         """Add a request to its file."""

@@ -194,6 +194,8 @@ def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
         Files(out).check()
     with pytest.raises(RequestError, match="no such folder"):
         Files(tmp_path / "no" / "x.csv").check()
+    with pytest.raises(OSError, match="File name too long"):
+        Files(tmp_path / ("x" * 254)).check()
     append_round(Files(out).rounds, a_round(a=measured(1.0)))
     Files(out).check()
 
@@ -240,6 +242,7 @@ def test_ctrl_c_leaves_rows_of_finished_rounds(files: Files, quick: Callable[...
         (("-m", "mini", "--concurrency", ""), "'' is not a list of numbers"),
         (("-m", "mini", "-p", "99999999"), "99999999 is more than 10,000,000"),
         (("-m", "mini", "-p", "1,x"), "'1,x' is not a list of numbers"),
+        (("-m", "mini", "--mtp", "7"), "--mtp is '7', expected one of 0, 1, 2, 3, auto"),
         (("-m", "mini", "--api-key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY is not set"),
         ((), "refimpl needs a file"),
     ],
