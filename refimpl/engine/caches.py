@@ -44,6 +44,16 @@ def cache_bytes(config: ModelConfig, kv: KvType, capacity: int, rows: int, ring:
     return total
 
 
+def context_text(config: ModelConfig, kv: KvType, capacity: int) -> str:
+    """What takes the memory of a context, for messages."""
+    full = [spec for spec in config.layers if spec.window is None]
+    each = sum(2 * s.num_attention_groups * kv.row_bytes(s.head_dim) for s in full)
+    return (
+        f"a context of {capacity} tokens ({kv.name} KV: {each:,} bytes a token on "
+        "full-attention layers, the rest for windows)"
+    )
+
+
 class LayerKv:
     """One layer's cache; `record` is what compiled code reads."""
 

@@ -99,6 +99,14 @@ def fits_memory(files: Sequence[MappedFile], beside: int = 0) -> bool:
     return bool(needed <= available_bytes())
 
 
+def read_whole(files: Sequence[MappedFile], progress: Callable[[int, int], None]) -> bool:
+    """Read files into memory if they are large and fit; whether they were read."""
+    if sum(file.size for file in files) < LARGE_BYTES or not fits_memory(files):
+        return False
+    populate(files, progress)
+    return True
+
+
 def populate(files: Sequence[MappedFile], progress: Callable[[int, int], None]) -> None:
     """Read the files into memory and into the process's page tables, in order.
 

@@ -16,9 +16,9 @@ from refimpl.checkpoint.stored import StoredSource
 from refimpl.config import ModelConfig
 from refimpl.decoding.kv import SPECULATIVE_ROWS
 from refimpl.engine.budget import planned_slots
-from refimpl.engine.caches import EngineCache, cache_bytes
+from refimpl.engine.caches import EngineCache, cache_bytes, context_text
 from refimpl.engine.drafting import draft_chain
-from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
+from refimpl.engine.files import MappedFile, read_whole
 from refimpl.engine.kv import KV_TYPES, KvType
 from refimpl.engine.memory import Bytes, require_allowed, require_memory
 from refimpl.engine.processor import require_half_precision
@@ -114,10 +114,11 @@ class EngineModel:
         if not 0 < capacity <= limit:
             raise InputError(f"a context of {capacity} tokens is asked for; the model has {limit}")
         size = self.cache_bytes(capacity)
-        require_memory(size, self._context(capacity))
+        what = context_text(self.config, self._kv, capacity)
+        require_memory(size, what)
         before = self.residency
         if before is None and self._allowed is not None:
-            self._keep_within(self._allowed, size, self._context(capacity))
+            self._keep_within(self._allowed, size, what)
         if self.residency is not None:
             self.residency.make_room(size)
             if before is None and self.on_residency is not None:
@@ -142,19 +143,7 @@ class EngineModel:
         require_allowed(size, what, allowed, sum(file.size for file in self.files))
         progress, self._reading = self._reading, None
         if progress is not None:
-            self._read_whole(progress)
-
-    def _context(self, capacity: int) -> str:
-        """How much a context needs and why, for messages."""
-        each = sum(
-            2 * s.num_attention_groups * self._kv.row_bytes(s.head_dim)
-            for s in self.config.layers
-            if s.window is None
-        )
-        return (
-            f"a context of {capacity} tokens ({self._kv.name} KV: {each:,} bytes a token on "
-            "full-attention layers, the rest for windows)"
-        )
+            read_whole(self.files, progress)
 
     def identity(self) -> dict[str, str]:
         """What the bits of a cache depend on; see `Backend.identity`."""
@@ -291,14 +280,7 @@ class EngineModel:
         if self._allowed is not None:
             self._reading = progress
             return False
-        return self._read_whole(progress)
-
-    def _read_whole(self, progress: Callable[[int, int], None]) -> bool:
-        files = self.files
-        if sum(file.size for file in files) < LARGE_BYTES or not fits_memory(files):
-            return False
-        populate(files, progress)
-        return True
+        return read_whole(self.files, progress)
 
     def close(self) -> None:
         """End the engine's threads; the model cannot be used afterwards."""

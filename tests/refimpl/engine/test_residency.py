@@ -256,7 +256,7 @@ def test_a_context_decides_whether_experts_stay_on_disk(
     source: StoredSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And that is said once; the file is read as a whole only where it then fits."""
-    monkeypatch.setattr("refimpl.engine.model.LARGE_BYTES", 0)
+    monkeypatch.setattr("refimpl.engine.files.LARGE_BYTES", 0)
     size = sum(file.size for file in EngineModel(source, micro_batch=4).files)
     for room, whole in ((1 << 30, True), (0, False)):
         model = EngineModel(source, micro_batch=4, memory_bytes=size + room)
