@@ -106,6 +106,11 @@ def run(
         print_json([r.row() for r in rows])
     else:
         click.echo(_table(rows))
+    _note_unnamed(rows)
+
+
+def _note_unnamed(rows: list[Any]) -> None:
+    """Say what rows lack to be compared."""
     for column in ("device", "quant"):
         unnamed = sum(not getattr(r, column) for r in rows)
         if unnamed:

@@ -109,12 +109,16 @@ class Round:
 
     def is_steady(self, *labels: str) -> bool:
         """Whether the probes beside the arms named (or all probes) agree."""
+        if self.waited and not labels:
+            return all(self.is_steady(k) for k in self.arms)
         found = self.probes(*labels)
         return max(found) / min(found) - 1 <= AGREEMENT
 
     def is_quiet(self, best: float, *labels: str) -> bool:
         """Whether absolute figures of the arms named (or of the round) count; `best` is the best
         probe, bytes/s."""
+        if self.waited and not labels:
+            return all(self.is_quiet(best, k) for k in self.arms)
         return self.is_steady(*labels) and min(self.probes(*labels)) >= NEAR_BEST * best
 
 
