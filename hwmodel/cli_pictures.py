@@ -36,8 +36,7 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
     """
     from pathlib import Path
 
-    from hwmodel.cli_support import note, print_json, table
-    from hwmodel.plan_view import figure
+    from hwmodel.cli_support import note, print_json
     from hwmodel.roofline import roofs, step_points
 
     if plot is not None:
@@ -56,38 +55,38 @@ def roofline(device: str, model: str, plot: str | None, as_json: bool, **given: 
             }
         )
     else:
-        header = [
-            "phase",
-            "FLOP per byte",
-            "TFLOP/s",
-            "roof TFLOP/s",
-            "% of it",
-            "ms",
-            "limited by",
-        ]
-        rows = [
-            [
-                p.name,
-                f"{p.intensity:.1f}",
-                f"{p.flop_per_s / 1e12:.3g}",
-                f"{p.roof_flop_per_s / 1e12:.3g}",
-                f"{100 * p.share:.0f}",
-                figure(1e3 * p.seconds),
-                p.limiting,
-            ]
-            for p in points
-        ]
-        shown = ", ".join(f"{d} {v / 1e12:,.0f} TFLOP/s" for d, v in peaks.items())
-        c = candidate
-        click.echo(f"{c.run.model.title} on {c.count}x {c.device.title}, {c.run.quant.name}")
-        click.echo(f"roofs: memory {bandwidth / 1e9:,.0f} GB/s, {shown}\n")
-        click.echo(table(header, rows))
+        click.echo(_roofline_text(candidate, points, bandwidth, peaks))
     if plot is not None:
         from hwmodel.pictures import roofline_picture
         from hwmodel.plots import save_one
 
         save_one(roofline_picture(candidate), Path(plot))
         note(f"wrote {plot}")
+
+
+def _roofline_text(c: Any, points: Any, bandwidth: float, peaks: dict[str, float]) -> str:
+    """What the candidate is, its roofs, and a row for each phase."""
+    from hwmodel.cli_support import table
+    from hwmodel.plan_view import figure
+
+    header = ["phase", "FLOP per byte", "TFLOP/s", "roof TFLOP/s", "% of it", "ms", "limited by"]
+    rows = [
+        [
+            p.name,
+            f"{p.intensity:.1f}",
+            f"{p.flop_per_s / 1e12:.3g}",
+            f"{p.roof_flop_per_s / 1e12:.3g}",
+            f"{100 * p.share:.0f}",
+            figure(1e3 * p.seconds),
+            p.limiting,
+        ]
+        for p in points
+    ]
+    shown = ", ".join(f"{d} {v / 1e12:,.0f} TFLOP/s" for d, v in peaks.items())
+    return (
+        f"{c.run.model.title} on {c.count}x {c.device.title}, {c.run.quant.name}\n"
+        f"roofs: memory {bandwidth / 1e9:,.0f} GB/s, {shown}\n\n{table(header, rows)}"
+    )
 
 
 @click.command()

@@ -139,15 +139,7 @@ def make_request(
     chosen = _engine(engine, model, found)
     weights = _weights(quant, model, chosen, found)
     kind = _quant(quant, model, chosen) if weights is None else weights.name
-    check_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
-    check_range("--count", count, 1, MAX_ASKED_COUNT)
-    check_range("--ram", ram_gb, 0, 1e5, "GB")
-    check_range("--min-decode", min_decode, 0, 1e6, "tokens/s")
-    check_range("--max-price", max_price, 0, 1e9, "dollars")
-    if max_price is not None and found.price_usd is None:
-        raise RequestError(
-            f"--max-price: no price is known for {found.name}; add [price] buy_usd to its file"
-        )
+    _check_numbers(found, concurrency, count, ram_gb, min_decode, max_price)
     ram = None if ram_gb is None else ram_gb * 2**30
     if ram is not None and (found.is_cpu or found.device_class == "apple"):
         found = with_memory(found, ram)
@@ -173,6 +165,19 @@ def make_request(
         min_decode=min_decode,
         max_price=max_price,
     )
+
+
+def _check_numbers(device: Device, concurrency: int, count: int | None, ram_gb: float | None,
+                   min_decode: float | None, max_price: float | None) -> None:  # fmt: skip
+    check_range("--concurrency", concurrency, 1, MAX_CONCURRENCY)
+    check_range("--count", count, 1, MAX_ASKED_COUNT)
+    check_range("--ram", ram_gb, 0, 1e5, "GB")
+    check_range("--min-decode", min_decode, 0, 1e6, "tokens/s")
+    check_range("--max-price", max_price, 0, 1e9, "dollars")
+    if max_price is not None and device.price_usd is None:
+        raise RequestError(
+            f"--max-price: no price is known for {device.name}; add [price] buy_usd to its file"
+        )
 
 
 def _engine(text: str | None, model: ModelShape, device: Device) -> Engine | None:

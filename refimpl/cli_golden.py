@@ -113,7 +113,7 @@ def dump(
       refimpl golden dump --model step-q4_k_s.gguf --backend engine --exact --tokens ids.json \\
         --layers 0:4 --out 0.npz
     """
-    from refimpl.backends import EngineOptions, open_model
+    from refimpl.backends import EngineOptions
 
     options = EngineOptions(exact, None, announce_compiling, memory_bytes=memory_bytes(memory))
     if any(value is not None for value in piece.values()):
@@ -122,23 +122,39 @@ def dump(
                 "pieces take neither --new, --chunk, --variant nor --mtp-model", ctx
             )
         _dump_piece(model, tokens, out, (backend, dtype, threads, options), **piece)
-        return
+    else:
+        choice = (backend, dtype, threads, options)
+        _dump_whole(model, mtp_model, tokens, out, choice, new, chunk, variant)
+
+
+def _dump_whole(
+    model: str,
+    mtp_model: str | None,
+    tokens: str,
+    out: str,
+    choice: tuple[str, str, int | None, EngineOptions],
+    new: int,
+    chunk: int | None,
+    variant: str | None,
+) -> None:
+    from refimpl.backends import open_model
     from refimpl.golden.dump import golden_arrays
     from refimpl.golden.files import check_output, config_hash, read_tokens, write_golden
 
     check_output(Path(out), model, tokens, mtp_model)
     ids = read_tokens(read_text(tokens, "the list of ids"), tokens)
-    with open_model(model, backend, dtype, threads, options, mtp_model=mtp_model) as opened:
+    backend, dtype, _, options = choice
+    with open_model(model, *choice, mtp_model=mtp_model) as opened:
         for warning in opened.warnings:
             note(f"note: {warning}")
         note_residency(opened.backend)
         runs = opened.backend if variant is None else _mistaken(opened.backend, dtype, variant)
         arrays = golden_arrays(runs, ids, new, chunk)  # type: ignore[arg-type]
         meta = {
-            **_run_meta(dtype, backend, exact, config_hash(opened.backend.config)),
+            **_run_meta(dtype, backend, options.exact, config_hash(opened.backend.config)),
             "variant": variant,
             "chunk": chunk,
-            "command": _command(dtype, backend, new, chunk) + (" --exact" if exact else ""),
+            "command": _command(dtype, backend, new, chunk, options.exact),
         }
     write_golden(Path(out), arrays, meta)
     note(f"wrote {out}: {len(arrays)} arrays over {len(ids)} tokens")
@@ -210,9 +226,9 @@ def _dump_piece(
     note(f"wrote {out}: layers {first} to {stop - 1}, {len(arrays['positions'])} rows")
 
 
-def _command(dtype: str, backend: str, new: int, chunk: int | None) -> str:
-    chunks = "" if chunk is None else f" --chunk {chunk}"
-    return f"refimpl golden dump --dtype {dtype} --backend {backend} --new {new}{chunks}"
+def _command(dtype: str, backend: str, new: int, chunk: int | None, exact: bool) -> str:
+    rest = ("" if chunk is None else f" --chunk {chunk}") + (" --exact" if exact else "")
+    return f"refimpl golden dump --dtype {dtype} --backend {backend} --new {new}{rest}"
 
 
 @golden.command(short_help="Name the first layer in which two runs part.")

@@ -38,12 +38,8 @@ def from_gguf(
     blocks = trunk + mtp
     sliding = r.per_layer("attention.sliding_window_pattern", blocks)
     heads = r.integers("attention.head_count", blocks)
-    groups = set(r.integers("attention.head_count_kv", blocks))
-    if len(groups) != 1:
-        raise ConfigError(_PREFIX + "attention.head_count_kv", "differs between layers")
     kinds = [SLIDING if s else FULL for s in sliding]
-    if r.integer("expert_gating_func", _SIGMOID_GATING) != _SIGMOID_GATING:
-        raise ConfigError(_PREFIX + "expert_gating_func", "is not 2 (sigmoid)")
+    _require_sigmoid_gating(r)
     base = r.number("rope.freq_base", 10000.0)
     base_swa = r.number("rope.freq_base_swa", base)
     if moe_layers is None:
@@ -55,7 +51,7 @@ def from_gguf(
         num_nextn_predict_layers=mtp,
         vocab_size=vocab_size,
         num_attention_heads=_heads_of(heads, kinds, FULL),
-        num_attention_groups=groups.pop(),
+        num_attention_groups=_groups(r, blocks),
         head_dim=_head_dim(r),
         sliding_attention_heads=_heads_of(heads, kinds, SLIDING),
         sliding_window=r.integer("attention.sliding_window"),
@@ -69,10 +65,8 @@ def from_gguf(
         moe_intermediate_size=r.integer("expert_feed_forward_length", 0),
         share_expert_dim=r.integer("expert_shared_feed_forward_length", 0),
         moe_router_scaling_factor=r.number("expert_weights_scale", 1.0),
-        swiglu_limits=tuple(float(v) for v in r.per_layer("swiglu_clamp_exp", blocks, 0.0)),
-        swiglu_limits_shared=tuple(
-            float(v) for v in r.per_layer("swiglu_clamp_shexp", blocks, 0.0)
-        ),
+        swiglu_limits=_limits(r, "swiglu_clamp_exp", blocks),
+        swiglu_limits_shared=_limits(r, "swiglu_clamp_shexp", blocks),
         max_position_embeddings=r.integer("context_length"),
         rms_norm_eps=r.number("attention.layer_norm_rms_epsilon", 1e-5),
         bos_token_id=_token(keys, "tokenizer.ggml.bos_token_id", vocab_size),
@@ -96,6 +90,23 @@ def _layers(r: _Keys) -> tuple[int, int]:
         problem = f"is {blocks} with nextn_predict_layers {mtp}"
         raise ConfigError(_PREFIX + "block_count", problem)
     return blocks - mtp, mtp
+
+
+def _require_sigmoid_gating(r: _Keys) -> None:
+    if r.integer("expert_gating_func", _SIGMOID_GATING) != _SIGMOID_GATING:
+        raise ConfigError(_PREFIX + "expert_gating_func", "is not 2 (sigmoid)")
+
+
+def _groups(r: _Keys, blocks: int) -> int:
+    """KV heads, of which every layer has the same number."""
+    found = set(r.integers("attention.head_count_kv", blocks))
+    if len(found) != 1:
+        raise ConfigError(_PREFIX + "attention.head_count_kv", "differs between layers")
+    return found.pop()
+
+
+def _limits(r: _Keys, name: str, blocks: int) -> tuple[float, ...]:
+    return tuple(float(v) for v in r.per_layer(name, blocks, 0.0))
 
 
 def _head_dim(r: _Keys) -> int:

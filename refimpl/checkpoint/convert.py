@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,32 +70,42 @@ def convert(
     if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
     _check_output(out, to_gguf, file_type, overwrite)
-    source = open_checkpoint(src, mtp_path=mtp_path)
     notes = _Notes(say)
-    for warning in source.warnings:
-        notes.add(warning)
-    try:
+    with contextlib.closing(open_checkpoint(src, mtp_path=mtp_path)) as source:
+        for warning in source.warnings:
+            notes.add(warning)
         if to_gguf:
-            tokenizer = tokenizer_of(src, source.metadata or None)
-            vocabulary = tokenizer.vocabulary if tokenizer else None
-            if vocabulary is None:
-                notes.add(f"{src}: no tokenizer found; the file will take token ids only")
-            _note_requantising(source, src, file_type, notes)
-            write_gguf(
-                source, out, file_type, vocabulary, mtp, name=name or src.resolve().stem,
-                progress=progress, say=notes.add, threads=threads,
-            )  # fmt: skip
+            _to_gguf(source, src, out, file_type, mtp, name, progress, notes, threads)
         else:
-            config = source.config if mtp else source.config.without_mtp()
-            _require_expressible(config, src)
-            extra = {n: (src / n).read_bytes() for n in _TOKENIZER_FILES if (src / n).is_file()}
-            write_hf(
-                config, lambda t: hf_chunks(source, t), out, file_type, extra_files=extra,
-                progress=progress,
-            )  # fmt: skip
-    finally:
-        source.close()
+            _to_folder(source, src, out, file_type, mtp, progress)
     return tuple(notes.texts)
+
+
+def _to_gguf(source: StoredSource, src: Path, out: Path, file_type: str, mtp: bool,
+             name: str | None, progress: Progress | None, notes: _Notes,
+             threads: int | None) -> None:  # fmt: skip
+    """With the vocabulary that lies beside the source or in it."""
+    tokenizer = tokenizer_of(src, source.metadata or None)
+    vocabulary = tokenizer.vocabulary if tokenizer else None
+    if vocabulary is None:
+        notes.add(f"{src}: no tokenizer found; the file will take token ids only")
+    _note_requantising(source, src, file_type, notes)
+    write_gguf(
+        source, out, file_type, vocabulary, mtp, name=name or src.resolve().stem,
+        progress=progress, say=notes.add, threads=threads,
+    )  # fmt: skip
+
+
+def _to_folder(source: StoredSource, src: Path, out: Path, file_type: str, mtp: bool,
+               progress: Progress | None) -> None:  # fmt: skip
+    """With the tokenizer's files of the source as they are."""
+    config = source.config if mtp else source.config.without_mtp()
+    _require_expressible(config, src)
+    extra = {n: (src / n).read_bytes() for n in _TOKENIZER_FILES if (src / n).is_file()}
+    write_hf(
+        config, lambda t: hf_chunks(source, t), out, file_type, extra_files=extra,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _check_output(out: Path, to_gguf: bool, file_type: str, overwrite: bool) -> None:
