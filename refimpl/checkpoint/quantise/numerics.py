@@ -6,10 +6,14 @@ depend on the number of threads, on its neighbours, or on the width of the machi
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core import caching
 
 LANES = 64
 """Blocks that a kernel works on side by side: inner loops run over them and become vectors."""
@@ -23,13 +27,32 @@ TINY = np.float32(1e-30)
 def compiled(function: Any) -> Any:
     """The function compiled by Numba on first use, run without Python's lock; kept on disk where
     a folder for it can be written."""
-    options: Any = {"nogil": True, "error_model": "numpy"}
+    made: Any = njit(function, nogil=True, error_model="numpy")
     try:
-        return njit(function, cache=True, **options)
+        made._cache = _Cache(function)
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return njit(function, **options)
+    return made
+
+
+class _Cache(caching.FunctionCache):
+    """Code on disk is of use as long as no quantiser has changed: by itself Numba looks at the
+    outermost function's file only, and would go on with what other files held before."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        name = self._impl.filename_base
+        self._cache_file = caching.IndexDataCacheFile(self.cache_path, name, _sources())
+
+
+@cache
+def _sources() -> bytes:
+    """Hash of this folder's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 @compiled

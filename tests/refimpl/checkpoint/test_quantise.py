@@ -4,8 +4,11 @@ The record tests/golden/quantize.json was made by llama.cpp's own program (make_
 """
 
 import json
+import shutil
+from pathlib import Path
 
 import convert_speed
+import numba
 import numpy as np
 import perplexity_llamacpp
 import pytest
@@ -203,19 +206,40 @@ def test_perplexity_equals_llamacpps_as_far_as_it_prints() -> None:
 def test_where_nothing_can_be_written_quantisers_are_compiled_without_a_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = numerics.njit
-
-    def refuse(function: object, **options: object) -> object:
-        if options.get("cache"):
-            raise RuntimeError(message)
-        return real(function, **options)
+    def refuse(function: object) -> object:
+        raise RuntimeError(message)
 
     def twice(x):
         return 2 * x
 
-    monkeypatch.setattr(numerics, "njit", refuse)
+    monkeypatch.setattr(numerics, "_Cache", refuse)
     message = "cannot cache function 'twice': no locator available for file"
     assert numerics.compiled(twice)(21) == 42
     message = "another error"
     with pytest.raises(RuntimeError, match="another"):
         numerics.compiled(twice)
+
+
+def test_code_on_disk_is_of_use_until_any_quantiser_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are compiled into each other: one file's code holds what was in others."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "kept"))
+
+    def hits() -> int:
+        def twice(x):
+            return 2 * x
+
+        made = numerics.compiled(twice)
+        assert made(21) == 42
+        return sum(made.stats.cache_hits.values())
+
+    assert [hits(), hits()] == [0, 1]
+    sources = Path(numerics.__file__).parent
+    copy = shutil.copytree(sources, tmp_path / "quantise")
+    monkeypatch.setattr(numerics, "__file__", str(copy / "numerics.py"))
+    monkeypatch.setattr(numerics, "_sources", numerics._sources.__wrapped__)
+    assert hits() == 1
+    with (copy / "flat.py").open("a") as file:
+        file.write("# changed\n")
+    assert [hits(), hits()] == [0, 1]

@@ -56,7 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_kernel_of_an_engine_names_its_version(engine) -> None:
     """What tells versions apart: were it not there, nothing would ever be removed."""
     model = engine("tiny_a", "q4_0")
-    compiled: list[Any] = [o for o in gc.get_objects() if isinstance(o, CFunc)]
+    compiled: list[Any] = [o for o in gc.get_objects() if type(o) is CFunc]
     kept = [
         Path(f._cache._cache_file._index_path)
         for f in compiled
