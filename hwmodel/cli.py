@@ -106,8 +106,8 @@ def plan(
 ) -> None:
     """Will it fit, how fast, with which command, and how sure.
 
-    Exit code 0: it fits (if need be with the setting that is named); 1: it does not, and the
-    closest that does is shown; 2: bad input.
+    Exit code 0: it fits (if need be with the setting that is named); 1: it does not, or is slower
+    or dearer than asked, and the closest is shown; 2: bad input.
 
     \b
     Examples:
