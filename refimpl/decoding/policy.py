@@ -178,7 +178,8 @@ class AutoDepth:
     The next text keeps the costs, and the counts if they say that drafts pay, with the weight of
     `KEPT_WEIGHT` trials at most, so that another kind of text is soon known for one; it drafts as
     soon as plain steps were timed, one token first. Where drafts did not pay, it is believed in
-    like a first text. The sum of losses begins anew, at the share `KEPT_CREDIT` of what was gained.
+    like a first text. The sum of losses begins anew; of what all texts gained, as far as it is
+    remembered (`KEPT_GAIN`), the share `KEPT_CREDIT` may be lost in each.
 
     Args:
         max_depth: the most drafts.
@@ -205,7 +206,8 @@ class AutoDepth:
     LOOK_MOST = 2.0  # plain steps that a look is taken to cost at most, besides its own
     CATCH_UP = 4  # steps after which MTP layers that were not drafted from have rows to make up for
     KEPT_WEIGHT = 12.0  # trials that earlier texts stand for at most
-    KEPT_CREDIT = 0.25  # share of what earlier texts gained that may be lost again
+    KEPT_GAIN = 6.0  # plain steps that earlier texts have gained at most
+    KEPT_CREDIT = 0.25  # share of them that a text may lose again
 
     def __init__(self, max_depth: int, guesses: Sequence[float] | None = None) -> None:
         self.mtp: int | str = "auto"
@@ -226,6 +228,7 @@ class AutoDepth:
         self._look = (self.costs.guesses[1] - 1) / 2 if max_depth else 0.0
         self._looks: deque[float] = deque(maxlen=3)
         self._steps, self._elapsed, self._lost = 0, 0.0, 0.0  # the latter two in plain steps
+        self._gained = 0.0  # by all texts, plain steps
         self.looking = False
 
     def begin(self) -> None:
@@ -234,7 +237,9 @@ class AutoDepth:
         self._used = [-self.CATCH_UP] * len(self._used)
         self._drafted = self._hit = self.looking = False
         self._first = 0.0, 0.0
-        self._elapsed, self._lost = 0.0, min(0.0, self.KEPT_CREDIT * self._lost)
+        self._wait, self._due = self.WAIT, self._steps
+        self._gained = min(max(-self.CREDIT, self._gained), self.KEPT_GAIN)
+        self._elapsed, self._lost = 0.0, -self.KEPT_CREDIT * max(0.0, self._gained)
         best = max(map(self._promise, range(1, self.most + 1)), default=0.0)
         if best > self.MARGIN:
             for i, tried in enumerate(self._tried):
@@ -242,7 +247,6 @@ class AutoDepth:
             return
         self._tried = [self.PRIOR_WEIGHT] * self.most
         self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * self.most
-        self._wait, self._due = self.WAIT, self._steps
 
     def next_depth(self, limit: int) -> int:
         self.looking = False
@@ -344,6 +348,7 @@ class AutoDepth:
         loss = min(took, self._longest(depth)) - (1 + accepted)
         most = self.RISK + self.BUDGET * self._elapsed  # more is not worth waiting longer for
         self._lost = min(max(-self.CREDIT, self._lost + loss), most)
+        self._gained -= loss
         for i in range(min(accepted + 1, depth)):  # drafts after a rejected one were not judged
             self._judge(i, i < accepted)
 
@@ -352,6 +357,7 @@ class AutoDepth:
         self._looks.append(loss)
         self._look = _median(self._looks)
         self._lost += loss
+        self._gained -= loss
         self._drew(1)
         self._judge(0, stood)
         self._hit = stood >= 0.5
