@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,31 +80,32 @@ def measure_cases(
         }  # fmt: skip
 
     host, before = f"{cpu_name()}, {threads} threads", all_rounds(data)
-    with (
-        contextlib.closing(Team(threads)) as team,
-        _termination_is_an_interrupt(),
-        contextlib.ExitStack() as stack,
-    ):
-        gate = None
-        if patience_s is not None:
-            awake = stack.enter_context(Awake())
-            best = max(best, best_probe(before).get(host, 0.0))
-            gate = Gate(best, patience_s, awake.move)
-        for case in cases:
-            if gate is None:
-                run_rounds(
-                    case.name, arms(case, models, llama), rounds, probe, host, keep, state, note
-                )
-                continue
-            for _ in range(_TRIES * rounds):
-                left = unmet(case, [*before, *made], rounds, gate.best)
-                if left is None:
-                    break
-                members = arms(left, models, llama)
-                run_rounds(case.name, members, 1, probe, host, keep, state, note, gate)
-            else:
-                note(f"{case.name}: still without {rounds} quiet rounds; go on later")
+    with contextlib.closing(Team(threads)) as team, _termination_is_an_interrupt():
+        if patience_s is None:
+            for case in cases:
+                members = arms(case, models, llama)
+                run_rounds(case.name, members, rounds, probe, host, keep, state, note)
+            return made
+        with Awake() as awake:
+            gate = Gate(max(best, best_probe(before).get(host, 0.0)), patience_s, awake.move)
+            for case in cases:
+                for left in _until_quiet(case, rounds, gate, lambda: [*before, *made], note):
+                    members = arms(left, models, llama)
+                    run_rounds(case.name, members, 1, probe, host, keep, state, note, gate)
     return made
+
+
+def _until_quiet(
+    case: Case, rounds: int, gate: Gate, so_far: Callable[[], list[Round]], note: Note
+) -> Iterator[Case]:
+    """What to measure next of a case, until it has its quiet rounds."""
+    for _ in range(_TRIES * rounds):
+        left = unmet(case, so_far(), rounds, gate.best)
+        if left is None:
+            return
+        yield left
+    if unmet(case, so_far(), rounds, gate.best):
+        note(f"{case.name}: still without {rounds} quiet rounds; go on later")
 
 
 def unmet(case: Case, rounds: Iterable[Round], wanted: int, best: float) -> Case | None:
