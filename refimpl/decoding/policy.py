@@ -103,6 +103,12 @@ class StepCosts:
         self._recent.clear()
         self._depth = 0
 
+    def forget(self) -> None:
+        """Measure what depths cost anew."""
+        for depth in range(1, len(self._known)):
+            self._known[depth] = 0.0
+            self._ratios[depth].clear()
+
     def measured(self, depth: int) -> bool:
         """Whether a depth was measured at all."""
         return self._known[depth] > 0
@@ -175,7 +181,7 @@ class AutoDepth:
     loses, a run can be slower than without drafts. A step that took far longer than any at its
     depth should, held up by something else, is counted as a long one only.
 
-    The next text keeps the costs, and the counts if they say that drafts pay, with the weight of
+    The next text keeps costs and counts if they say that drafts pay, the counts with the weight of
     `KEPT_WEIGHT` trials at most, so that another kind of text is soon known for one; it drafts as
     soon as plain steps were timed, one token first. Where drafts did not pay, it is believed in
     like a first text. The sum of losses begins anew; of what all texts gained, as far as it is
@@ -245,6 +251,7 @@ class AutoDepth:
             for i, tried in enumerate(self._tried):
                 self._weigh(i, min(tried, self.KEPT_WEIGHT))
             return
+        self.costs.forget()  # an accident may have made them dear
         self._tried = [self.PRIOR_WEIGHT] * self.most
         self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * self.most
 

@@ -359,6 +359,19 @@ def test_a_new_text_drafts_as_deep_as_the_last_one_once_plain_steps_and_a_draft_
     assert policy.costs.of(3) == pytest.approx(1.3)
 
 
+def test_costs_that_an_accident_made_dear_are_measured_anew_in_the_next_text() -> None:
+    """Something else held the steps with drafts up, all of them."""
+    policy = AutoDepth(1, [1.4])
+    for _ in range(60):
+        depths(policy, lambda k: 40.0 if k else 1.0)
+    for _ in range(StepCosts.SAMPLES):
+        policy.update(1, 1, 40.0)
+    assert policy.costs.settled(1) and policy.costs.of(1) > 2
+    policy.begin()
+    used = [depths(policy, lambda k: 1.6 if k else 1.0) for _ in range(40)]
+    assert used[:3] == [0, 0, 1] and used[-20:] == [1] * 20
+
+
 def test_a_text_that_ended_amid_a_look_leaves_none_to_the_next() -> None:
     policy = AutoDepth(1, [1.7])
     while not policy.looking:
