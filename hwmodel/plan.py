@@ -89,6 +89,11 @@ class Plan:
     alternatives: tuple[Candidate, ...]
 
     @property
+    def draft_depth(self) -> int:
+        """Tokens in the cache where the drafts are compared: a quarter of the context."""
+        return draft_depth(self.chosen)
+
+    @property
     def fits(self) -> bool:
         """The request can be met as the machine comes."""
         return self.holds and self.memory.margin_bytes >= 0
@@ -278,9 +283,14 @@ def _prompts(candidate: Candidate) -> tuple[PromptFigure, ...]:
     return tuple(found)
 
 
+def draft_depth(candidate: Candidate) -> int:
+    """Where drafts are compared: a quarter of the context."""
+    return candidate.context // 4
+
+
 def _draft_options(candidate: Candidate) -> tuple[DraftOption, ...]:
-    """Every draft length of the engine, measured at a quarter of the context."""
-    depth = candidate.context // 4
+    """Every draft length of the engine, at `draft_depth`."""
+    depth = draft_depth(candidate)
     most = min(candidate.engine.max_drafts, candidate.run.model.mtp_layers)
     plain = predict(candidate.at(depth=depth, drafts=0), "decode_tok_s")
     found = []

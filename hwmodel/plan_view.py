@@ -7,7 +7,7 @@ import textwrap
 from hwmodel.candidate import Candidate
 from hwmodel.command import MTP_FILE, weights_name
 from hwmodel.fit import unmeasured
-from hwmodel.plan import WORTHWHILE, Plan
+from hwmodel.plan import NEAR_BEST, WORTHWHILE, Plan
 from hwmodel.predict import config_columns
 from hwmodel.probed import cache_note, fit_for, in_cache
 from hwmodel.quant import weight_bytes
@@ -174,9 +174,12 @@ def _drafts(plan: Plan) -> list[str]:
         why = "no room for the MTP layers" if crowded else "drafting does not pay here"
         return [f"off: {why} ({shown}; {basis})"]
     best = plan.drafts[plan.best_drafts]
+    most = max(o.gain for o in options if o.fits)
+    chosen = f", the fewest within {NEAR_BEST:g} of the best" if best.gain < most else ""
     return [
         f"{best.drafts} per step: {pair(best.decode)}, {best.gain:.2f} times as fast "
-        f"({shown}; {basis}), +{gigabytes(best.mtp_bytes)} GB"
+        f"({shown}; {basis}), +{gigabytes(best.mtp_bytes)} GB; "
+        f"{plan.draft_depth:,} deep{chosen}"
     ]
 
 

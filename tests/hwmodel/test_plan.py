@@ -134,6 +134,18 @@ def test_too_slow_or_too_dear_is_not_called_too_large() -> None:
     assert plan_text(plan("h100", count=1, quant="Q4_K_S")).startswith("DOES NOT FIT: ")
 
 
+def test_drafts_say_at_which_depth_and_why_no_more() -> None:
+    fastest, fewer = plan("m4max"), plan("h100")
+    gains = {o.drafts: o.gain for o in fewer.drafts}
+    assert gains[3] > gains[2] and fewer.best_drafts == 2
+    for p, tail in (
+        (fastest, "; 8,192 deep"),
+        (fewer, "; 8,192 deep, the fewest within 0.03 of the best"),
+    ):
+        text = " ".join(plan_text(p).partition("Drafts")[2].partition("Split")[0].split())
+        assert text.endswith(f"GB{tail}")
+
+
 def test_a_split_that_no_engine_has_is_the_reason_that_is_named() -> None:
     refused = plan("m4max", split="tensor")
     assert refused.problem.endswith(
