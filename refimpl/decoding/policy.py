@@ -95,20 +95,6 @@ class StepCosts:
         """The deepest depth that can be judged: the first that was not measured."""
         return next((k for k, c in enumerate(self._known) if not c), len(self._known) - 1)
 
-    def begin(self) -> None:
-        """Another text: what depths cost in plain steps stays; how long a plain step takes, with
-        that text's context, is measured anew."""
-        while len(self._units) > 1:
-            self._units.popleft()
-        self._recent.clear()
-        self._depth = 0
-
-    def forget(self) -> None:
-        """Measure what depths cost anew."""
-        for depth in range(1, len(self._known)):
-            self._known[depth] = 0.0
-            self._ratios[depth].clear()
-
     def measured(self, depth: int) -> bool:
         """Whether a depth was measured at all."""
         return self._known[depth] > 0
@@ -118,11 +104,13 @@ class StepCosts:
         return len(self._ratios[depth]) >= self.FIRST
 
     def of(self, depth: int) -> float:
-        """Cost of a step; of a depth that was not measured, the guess, as far off as the guess
-        for the depth before it was."""
-        if known := self._known[depth]:
-            return known
+        """Cost of a step, no less than that of the depth before it; of a depth that was not
+        measured, the guess, as far off as the guess for the depth before it was."""
+        if depth == 0:
+            return 1.0
         before = self.of(depth - 1)
+        if known := self._known[depth]:
+            return max(known, before)
         more = self.guesses[depth] - self.guesses[depth - 1]
         return before + more * max(1.0, before / self.guesses[depth - 1])
 
@@ -181,11 +169,11 @@ class AutoDepth:
     loses, a run can be slower than without drafts. A step that took far longer than any at its
     depth should, held up by something else, is counted as a long one only.
 
-    The next text keeps costs and counts if they say that drafts pay, the counts with the weight of
-    `KEPT_WEIGHT` trials at most, so that another kind of text is soon known for one; it drafts as
-    soon as plain steps were timed, one token first. Where drafts did not pay, it is believed in
-    like a first text. The sum of losses begins anew; of what all texts gained, as far as it is
-    remembered (`KEPT_GAIN`), the share `KEPT_CREDIT` may be lost in each.
+    The next text keeps the counts if drafts paid, with the weight of `KEPT_WEIGHT` trials at most,
+    so that another kind of text is soon known for one. Where they did not, it is believed in like a
+    first text. Costs are measured anew: few steps tell them, they differ with the context, and one
+    that an accident made wrong should not be kept. The sum of losses begins anew too; of what all
+    texts gained, as far as it is remembered (`KEPT_GAIN`), each may lose the share `KEPT_CREDIT`.
 
     Args:
         max_depth: the most drafts.
@@ -238,7 +226,6 @@ class AutoDepth:
         self.looking = False
 
     def begin(self) -> None:
-        self.costs.begin()
         self._plain, self._since = 0, self.CATCH_UP
         self._used = [-self.CATCH_UP] * len(self._used)
         self._drafted = self._hit = self.looking = False
@@ -247,11 +234,11 @@ class AutoDepth:
         self._gained = min(max(-self.CREDIT, self._gained), self.KEPT_GAIN)
         self._elapsed, self._lost = 0.0, -self.KEPT_CREDIT * max(0.0, self._gained)
         best = max(map(self._promise, range(1, self.most + 1)), default=0.0)
+        self.costs = StepCosts(self.costs.guesses[1:])
         if best > self.MARGIN:
             for i, tried in enumerate(self._tried):
                 self._weigh(i, min(tried, self.KEPT_WEIGHT))
             return
-        self.costs.forget()  # an accident may have made them dear
         self._tried = [self.PRIOR_WEIGHT] * self.most
         self._passed = [self.PRIOR * self.PRIOR_WEIGHT] * self.most
 

@@ -346,17 +346,23 @@ def test_texts_of_different_kinds_in_turn_are_as_fast_as_with_new_policies() -> 
         assert together(kept) >= together(new) - 0.01
 
 
-def test_a_new_text_drafts_as_deep_as_the_last_one_once_plain_steps_and_a_draft_were_judged() -> (
-    None
-):
+def test_a_new_text_measures_what_steps_cost_anew() -> None:
     policy = auto(CHEAP)
     for _ in range(100):
         depths(policy, lambda k: CHEAP[k])
     policy.begin()
-    used = [depths(policy, lambda k: 3 * CHEAP[k]) for _ in range(6)]  # a longer context
-    assert used == [0, 0, 1, 3, 3, 3]
+    used = [depths(policy, lambda k: 3 * BYTES[k]) for _ in range(20)]  # a longer context
+    assert used[:4] == [0, 0, 0, 1] and used[-3:] == [3, 3, 3]
     assert policy.costs.unit == pytest.approx(3.0)
-    assert policy.costs.of(3) == pytest.approx(1.3)
+    assert policy.costs.of(3) == pytest.approx(BYTES[3])
+
+
+def test_more_drafts_never_count_as_cheaper_than_fewer() -> None:
+    """Plain steps were held up while they were timed."""
+    costs = StepCosts([1.2, 1.4])
+    for depth in (0, 0, 0, 1, 2):
+        costs.add(depth, 1.0 if depth else 3.0)
+    assert costs.of(1) == costs.of(2) == 1.0
 
 
 def test_costs_that_an_accident_made_dear_are_measured_anew_in_the_next_text() -> None:
@@ -369,7 +375,7 @@ def test_costs_that_an_accident_made_dear_are_measured_anew_in_the_next_text() -
     assert policy.costs.settled(1) and policy.costs.of(1) > 2
     policy.begin()
     used = [depths(policy, lambda k: 1.6 if k else 1.0) for _ in range(40)]
-    assert used[:3] == [0, 0, 1] and used[-20:] == [1] * 20
+    assert used[:4] == [0, 0, 0, 1] and used[-20:] == [1] * 20
 
 
 def test_a_text_that_ended_amid_a_look_leaves_none_to_the_next() -> None:
