@@ -7,7 +7,7 @@ from refimpl.engine.disk import supported
 from refimpl.engine.expert_files import shared_parts, slot_bytes
 from refimpl.engine.expert_slots import minimal_slots, require_slots
 from refimpl.engine.files import fits_memory
-from refimpl.engine.memory import available_bytes, own_bytes, round_up
+from refimpl.engine.memory import available_bytes, own_bytes, round_up, size_text
 from refimpl.engine.program import Program
 from refimpl.errors import InputError
 
@@ -40,8 +40,8 @@ def planned_slots(
         return None
     elif memory_bytes > free + own_bytes():
         raise InputError(
-            f"{memory_bytes / 1e9:.2f} GB of memory may be used, but only "
-            f"{free / 1e9:.2f} GB are free; allow less"
+            f"{size_text(memory_bytes)} of memory may be used, but only {size_text(free)} are "
+            "free; allow less"
         )
     else:
         room = memory_bytes - own_bytes()
@@ -61,10 +61,10 @@ def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
     if slots < least:
         needed = shared + working + least * each
         raise InputError(
-            f"the model's {size / 1e9:.2f} GB do not fit the {max(0, room) / 1e9:.2f} GB that may "
-            f"be used, and experts cannot be left on disk with less than {needed / 1e9:.2f} GB: "
-            f"{shared / 1e9:.2f} that every token reads, {working / 1e9:.2f} to compute in, "
-            f"{least * each / 1e9:.2f} for {least} experts; free or allow more memory, or use a "
-            "smaller type"
+            f"the model's {size_text(size)} do not fit the {size_text(max(0, room))} that are left "
+            "for it, and experts cannot be left on disk with less than "
+            f"{size_text(needed)}: {size_text(shared)} that every token reads, "
+            f"{size_text(working)} to compute in, {size_text(least * each)} for {least} experts; "
+            "free or allow more memory, or use a smaller type"
         )
     return int(slots)

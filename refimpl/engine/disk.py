@@ -228,7 +228,7 @@ def slice_speed(
     longest = max(length for _, _, length in slices)
     stride = round_up(longest + 2 * BLOCK, BLOCK)
     count = max(1, min(size_bytes // longest, len(slices)))
-    require_memory(count * stride, "the disk probe")
+    require_memory(count * stride, "the disk probe", "free memory")
     memory = memoryview(anonymous(count * stride))
     memory[:: mmap.PAGESIZE] = bytes(len(memory[:: mmap.PAGESIZE]))  # pages are there beforehand
     files = {path: DirectFile(path, 0) for path in {path for path, _, _ in slices}}

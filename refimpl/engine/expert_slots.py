@@ -23,7 +23,7 @@ from refimpl.engine.disk import DirectFile, Readers, anonymous, span
 from refimpl.engine.expert_files import area_bytes, lies_in, offset_of, slot_bytes, stacks_of
 from refimpl.engine.fields import Layer, Step
 from refimpl.engine.files import MappedFile
-from refimpl.engine.memory import round_up
+from refimpl.engine.memory import round_up, size_text
 from refimpl.engine.program import Program
 from refimpl.errors import InputError
 
@@ -90,8 +90,8 @@ def require_slots(left: int, least: int, slot_bytes: int, size: int) -> None:
     """
     if left < least:
         raise InputError(
-            f"{size / 1e9:.2f} GB for a context leave room for {max(0, left)} experts in memory, "
-            f"of which a step needs {least} of {slot_bytes / 1e6:.1f} MB; ask for a shorter "
+            f"{size_text(size)} for a context leave room for {max(0, left)} experts in memory, "
+            f"of which a step needs {least} of {size_text(slot_bytes)}; ask for a shorter "
             "context or a smaller KV type, or allow more memory"
         )
 

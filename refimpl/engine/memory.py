@@ -14,6 +14,7 @@ from refimpl.errors import InputError
 Bytes = NDArray[np.uint8]
 ALIGNMENT = 64
 _RESERVE_BYTES = 256 << 20  # left to the rest of the system
+_SMALLER_CACHE = "ask for a shorter context or a smaller KV type"
 
 
 def zeroed(size: int) -> Bytes:
@@ -26,6 +27,14 @@ def zeroed(size: int) -> Bytes:
 def address(array: NDArray[Any]) -> int:
     """Where an array's data lies."""
     return int(array.ctypes.data)
+
+
+def size_text(size: float) -> str:
+    """Bytes for a sentence, in the unit that leaves digits: '39.4 MB', '0 bytes'."""
+    for unit, digits, name in ((1e9, 2, "GB"), (1e6, 1, "MB"), (1e3, 1, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.{digits}f} {name}"
+    return f"{size:.0f} bytes"
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -98,14 +107,17 @@ def require_allowed(needed: int, what: str, allowed: int, file_bytes: int) -> No
     left = max(0, allowed - file_bytes - own_bytes())
     if needed > left:
         raise InputError(
-            f"{what} needs {needed / 1e9:.2f} GB, but of the {allowed / 1e9:.2f} GB that may be "
-            f"used {left / 1e9:.2f} GB are left beside the model's {file_bytes / 1e9:.2f} GB and "
-            "this process; allow more, or ask for a shorter context or a smaller KV type"
+            f"{what} needs {size_text(needed)}, but of the {size_text(allowed)} that may be used "
+            f"{size_text(left)} are left beside the model's {size_text(file_bytes)} and this "
+            f"process; allow more, or {_SMALLER_CACHE}"
         )
 
 
-def require_memory(needed: int, what: str) -> None:
+def require_memory(needed: int, what: str, advice: str = _SMALLER_CACHE) -> None:
     """Refuse what the machine has no room for, before allocating.
+
+    Args:
+        advice: what the user can do about it; by default what makes a cache smaller.
 
     Raises:
         InputError: with the arithmetic.
@@ -113,7 +125,6 @@ def require_memory(needed: int, what: str) -> None:
     free = available_bytes()
     if needed > free - _RESERVE_BYTES:
         raise InputError(
-            f"{what} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB of memory are free "
-            f"and {_RESERVE_BYTES / 1e9:.2f} GB of them are left to the system; ask for a shorter "
-            "context or a smaller KV type"
+            f"{what} needs {size_text(needed)}, but only {size_text(free)} of memory are free "
+            f"and {size_text(_RESERVE_BYTES)} of them are left to the system; {advice}"
         )

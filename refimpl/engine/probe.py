@@ -63,7 +63,7 @@ def read_bandwidth(
     Raises:
         InputError: there is no room for the array.
     """
-    require_memory(size_bytes, "the bandwidth probe")
+    require_memory(size_bytes, "the bandwidth probe", "free memory")
     unit = 64 * _STREAMS
     share = size_bytes // team.size // unit * unit
     data = zeroed(share * team.size)

@@ -304,7 +304,10 @@ class Program:
             Step.SCRATCH: self._team.size * per_row[Step.SCRATCH_BYTES],
             Step.CLAIMS: self._claim_bytes(c.num_layers),
         }
-        require_memory(sum(wanted.values()), f"working memory for {t} rows at once")
+        require_memory(
+            sum(wanted.values()), f"working memory for a micro-batch of {t:,} rows",
+            "ask for a smaller --micro-batch, or free memory",
+        )  # fmt: skip
         parts = {number: zeroed(size) for number, size in wanted.items()}
         self._memory = parts
         for number, part in parts.items():

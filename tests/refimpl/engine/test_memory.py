@@ -22,6 +22,7 @@ from refimpl.checkpoint.stored import StoredSource, StoredTensor
 from refimpl.checkpoint.synth import tiny_a
 from refimpl.engine.files import LARGE_BYTES, MappedFile, fits_memory, populate
 from refimpl.engine.formats import FORMATS
+from refimpl.engine.memory import size_text
 from refimpl.engine.model import EngineModel
 from refimpl.engine.resident import resident_of
 from refimpl.engine.stats import Meter
@@ -226,9 +227,29 @@ def test_contexts_are_refused_with_the_arithmetic(
 
     model = EngineModel(tiny_gguf("tiny_a", "q8_0"))
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    with pytest.raises(InputError, match=r"512 tokens \(f16 KV: 768 bytes a token .* only 0\.27"):
+    with pytest.raises(InputError, match=r"512 tokens \(f16 KV: 768 bytes a token .* only 268"):
         model.new_cache(512)
     model.close()
+
+
+def test_a_micro_batch_beyond_memory_is_named_as_the_cause(
+    tiny_gguf: Callable[[str, str], StoredSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+    with pytest.raises(InputError, match=r"of 9,999,999 rows .* a smaller --micro-batch") as e:
+        EngineModel(tiny_gguf("tiny_a", "q8_0"), micro_batch=9_999_999)
+    assert "context" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (3500, "3.5 kB"), (39_400_000, "39.4 MB"),
+     (111_500_000_000, "111.50 GB"), (257_600_000_000_000, "257,600.00 GB")],
+)  # fmt: skip
+def test_sizes_in_sentences_keep_digits(size: int, text: str) -> None:
+    assert size_text(size) == text
 
 
 def test_models_are_opened_with_the_engines_options(widened: Callable[[str], Path]) -> None:

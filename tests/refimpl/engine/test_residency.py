@@ -207,6 +207,8 @@ def test_memory_is_divided_with_the_arithmetic(
     model.close()
     with pytest.raises(InputError, match=r"cannot be left on disk with less than .* for \d+ exp"):
         EngineModel(source, micro_batch=4, memory_bytes=shared)
+    with pytest.raises(InputError, match=r"do not fit the 3\.5 kB that are left for it, .* kB for"):
+        EngineModel(source, micro_batch=4, memory_bytes=3500)
     model = EngineModel(source, micro_batch=4, memory_bytes=size)
     assert model.residency is None
     model.close()
@@ -290,7 +292,7 @@ def test_a_context_that_fits_neither_way_is_refused(
         model.new_cache(context)
     assert model.residency is None
     monkeypatch.setattr(budget, "supported", lambda: False)
-    with pytest.raises(InputError, match=r"0.00 GB are left beside the .* allow more, or ask for"):
+    with pytest.raises(InputError, match=r" 0 bytes are left beside the .* allow more, or ask for"):
         model.new_cache(context)
     model.close()
     plain.close()
