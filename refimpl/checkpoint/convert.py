@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refimpl.checkpoint.atomic import replaceable
+from refimpl.checkpoint.atomic import check_writable
 from refimpl.checkpoint.block_types import PLAIN
 from refimpl.checkpoint.gguf_write import row_ranges, write_gguf
 from refimpl.checkpoint.hf_write import STORED, Progress, write_hf
@@ -67,6 +67,8 @@ def convert(
     src, out = Path(src_path), Path(out_path)
     to_gguf = out.suffix == ".gguf"
     sources = [src] if mtp_path is None else [src, Path(mtp_path)]
+    if to_gguf:
+        check_writable(out)
     if out.exists() and any(p.exists() and out.samefile(p) for p in sources):
         raise InputError(f"{out}: is the checkpoint itself; choose another name for the output")
     _check_output(out, to_gguf, file_type, overwrite)
@@ -113,8 +115,6 @@ def _check_output(out: Path, to_gguf: bool, file_type: str, overwrite: bool) -> 
     if file_type not in known:
         form = "GGUF file" if to_gguf else "folder of safetensors"
         raise InputError(f"type is {file_type!r}; a {form} can hold {', '.join(known)}")
-    if to_gguf:
-        replaceable(out)
     if to_gguf and out.exists() and not overwrite:
         raise InputError(f"{out}: already exists; choose another name, or --force to replace it")
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.backend import Array, Backend, Cache, Step
-from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.atomic import atomic_file, check_writable
 from refimpl.checkpoint.mapped import map_file
 from refimpl.checkpoint.safetensors_read import Entry, parse_safetensors
 from refimpl.decoding.kv import take
@@ -183,15 +183,15 @@ def check_state_output(path: Path, *inputs: str | Path | None) -> None:
     """Refuse, before a long run, an output that would replace anything but an older state file.
 
     Raises:
-        InputError: the folder is missing, or `path` is one of `inputs` or no state file.
+        InputError: the folder is missing or may not be written to, or `path` is one of `inputs`
+            or no state file.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: cannot be written (the folder {path.parent} does not exist)")
+    check_writable(path)
     if not path.exists():
         return
     if any(Path(p).exists() and path.samefile(p) for p in inputs if p is not None):
         raise InputError(f"{path}: is read by this run; choose another name for the state file")
-    if not path.is_file() or path.stat().st_size == 0:
+    if path.stat().st_size == 0:
         return
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:

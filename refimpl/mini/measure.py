@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.backend import Backend
-from refimpl.checkpoint.atomic import atomic_file
+from refimpl.checkpoint.atomic import atomic_file, check_writable
 from refimpl.decoding.generate import generate
 from refimpl.decoding.generation import GenerateOptions, Generation
 from refimpl.decoding.sampling import SamplingParams
@@ -174,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.report and args.out is None:
         parser.error("--report goes beside --out FILE")
+    if args.out is not None:
+        check_writable(args.out)
     figures = _completed(measure(args.model, args.ngram, args.limit), args.out)
     if args.report:
         figures["by_type"] = measure_types()

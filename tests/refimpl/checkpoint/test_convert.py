@@ -265,6 +265,17 @@ def test_a_file_that_is_there_is_kept_unless_forced(made, tmp_path):
         convert(made("micro", "hf-f32"), tmp_path / "d.gguf", "q8_0", overwrite=True)
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_source_is_read(made, tmp_path):
+    source = made("micro", "hf-f32")
+    for out, message in (
+        (tmp_path / "none" / "m.gguf", "the folder .*none does not exist"),
+        (tmp_path / f"{'x' * 300}.gguf", "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert(source.with_name("no such source"), out, "q8_0")
+    assert names(tmp_path) == []
+
+
 def test_an_error_in_the_data_leaves_nothing(made, tmp_path, monkeypatch):
     from refimpl.checkpoint import gguf_write
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -343,17 +346,24 @@ def test_the_command_line(gguf, tmp_path, backend_name) -> None:
     assert done.exit_code == 2 and "begins with b'GGUF" in done.stderr
 
 
-def test_nothing_else_is_replaced_by_a_state(gguf, tmp_path, state) -> None:
+def test_nothing_else_is_replaced_by_a_state(gguf, tmp_path, state, monkeypatch) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     (tmp_path / "mine.txt").write_text("mine")
     for path, message in (
         (tmp_path / "mine.txt", "exists and is no state file"),
         (tmp_path / "none" / "x", "folder .* does not exist"),
+        (tmp_path / ("x" * 300), "cannot be written"),
+        (tmp_path, "is a folder"),
         (gguf, "is read by this run"),
     ):
         refused(lambda path=path: check_state_output(path, gguf), message)  # type: ignore[misc]
     check_state_output(state("reference"), gguf)
     done = invoke("generate", "a", "--model", str(gguf), "--save-state", str(tmp_path / "mine.txt"))
     assert done.exit_code == 2 and (tmp_path / "mine.txt").read_text() == "mine"
+    monkeypatch.setattr(tempfile, "mkstemp", refusing)
+    refused(lambda: check_state_output(tmp_path / "new", gguf), "cannot be written .Read-only")
 
 
 def test_a_full_disk_leaves_no_half_file(backend, tmp_path, monkeypatch) -> None:
