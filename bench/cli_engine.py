@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hwmodel.cli_support import note
+from hwmodel.cli_support import CommandGroup, note
+from refimpl.cli_support import Real
 
 if TYPE_CHECKING:
     from bench.runners.base import Runner
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _FOLDER = "reports/cpu_engine"
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def engine() -> None:
     """The CPU engine against llama.cpp: measure in short calls, then write the report.
 
@@ -39,7 +40,7 @@ _data = click.option(
     "--data", default=_FOLDER, show_default=True, metavar="DIR", help="Folder of the raw samples."
 )
 patience_option = click.option(
-    "--patience", type=click.FloatRange(min=0), metavar="SECONDS",
+    "--patience", type=Real(min=0), metavar="SECONDS",
     help="Measure only while memory reads at 90 % of its best, wait for that so long at a time, "
          "keep processors awake meanwhile (Linux), and stop a case at --rounds such rounds, "
          "earlier ones included.",
@@ -155,7 +156,7 @@ def _llama(program: str | None, no_amx: str | None) -> dict[str, Runner]:
               metavar="PATH", help="The slice; written if it is missing (7.3 GB).")  # fmt: skip
 @click.option("--experts", type=click.IntRange(min=32), default=192, show_default=True, metavar="N",
               help="Experts of a slice that is written.")  # fmt: skip
-@click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=5.0,
+@click.option("--limit", type=Real(min=0, min_open=True), default=5.0,
               show_default=True, metavar="GB", help="Memory that a process may use.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N",
               help="Rounds; they are added to those that are there.")  # fmt: skip

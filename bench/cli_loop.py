@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bench.cli_engine import patience_option
-from hwmodel.cli_support import note, print_json
+from hwmodel.cli_support import CommandGroup, note, print_json
 
 _data = click.option(
     "--data", default="reports/loop", show_default=True, metavar="DIR", help="Folder of its files."
@@ -28,7 +28,7 @@ _only = click.option(
 )  # fmt: skip
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def loop() -> None:
     """Predict this host from a few measurements, commit that, measure the rest, compare.
 

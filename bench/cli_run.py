@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from hwmodel.cli_support import counted, note, print_json
-from refimpl.cli_support import NumberList
+from refimpl.cli_support import NumberList, Real
 
+_NOT_ALL = 1
 _NUMBERS = NumberList(int, 0, 10**7)
 
 
@@ -28,7 +29,7 @@ _NUMBERS = NumberList(int, 0, 10**7)
               help="Requests at the same time, endpoints only.")  # fmt: skip
 @click.option("--requests", type=click.IntRange(1, 10_000), default=4, show_default=True,
               metavar="N", help="Requests of a measurement, endpoints only.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(0.1, 86_400), default=300.0, show_default=True,
+@click.option("--timeout", type=Real(0.1, 86_400), default=300.0, show_default=True,
               metavar="S", help="Longest silence of an endpoint, seconds.")  # fmt: skip
 @click.option("--api-key-env", metavar="NAME", help="Environment variable that holds its key.")
 @click.option("--served-model", default="", metavar="NAME",
@@ -66,6 +67,8 @@ def run(
     finished round is kept; Ctrl-C loses the one under way only. The CSV can be sent to others
     and compared.
 
+    Exit code 0: everything was measured, 1: some of it could not be, 2: nothing, or bad input.
+
     \b
     Examples:
       bench run -m mini --engine refimpl --engine llama.cpp --out my-machine.csv
@@ -97,7 +100,7 @@ def run(
     todo = cases(job, engines or ("refimpl",), llama_bench, endpoint)
     stated = Stated(model=model_name, quant=quant, device=device)
     try:
-        measure(todo, rounds, files, count, note)
+        missing = measure(todo, rounds, files, count, note)
     finally:
         if files.rounds.exists():
             rows = write_rows(files, stated, path)
@@ -107,6 +110,9 @@ def run(
     else:
         click.echo(_table(rows))
     _note_unnamed(rows)
+    if missing:
+        note(f"not measured: {', '.join(missing)}")
+        click.get_current_context().exit(_NOT_ALL)
 
 
 def _note_unnamed(rows: list[Any]) -> None:

@@ -195,10 +195,10 @@ def _name(test: RunnerTest) -> str:
 
 def measure(
     todo: Sequence[tuple[str, list[Arm]]], rounds: int, files: Files, threads: int, note: Note
-) -> int:
-    """Measure all cases once, then again, and so on; returns the rounds that were kept.
-
-    A case that fails as a whole is named and left out of further rounds.
+) -> list[str]:
+    """Measure all cases once, then again, and so on; returns what could not be measured: cases
+    that failed as a whole, which are left out of further rounds, and engines that failed in every
+    round of a case.
 
     Raises:
         RunnerError: nothing at all could be measured.
@@ -208,12 +208,11 @@ def measure(
     from refimpl.engine.probe import read_bandwidth
     from refimpl.engine.threads import Team
 
-    kept, dead = 0, dict[str, str]()
+    kept, dead = list[Round](), list[str]()
 
     def keep(made: Round) -> None:
-        nonlocal kept
         append_round(files.rounds, made)
-        kept += 1
+        kept.append(made)
 
     def probe() -> tuple[float, ...]:
         time.sleep(0.2)
@@ -228,13 +227,15 @@ def measure(
                 try:
                     run_rounds(name, arms, 1, probe, host, keep, machine_state, _silent)
                 except RunnerError as error:
-                    dead[name] = str(error)
+                    dead.append(name)
                     note(str(error))
                 else:
                     note(f"round {number + 1} of {rounds}: {_last_line(files.rounds)}")
     if not kept:
         raise RunnerError("nothing could be measured")
-    return kept
+    done = {(r.case, k) for r in kept for k in r.arms}
+    failed = dict.fromkeys((r.case, k) for r in kept for k in r.failed)
+    return [*dead, *(f"{case} ({k})" for case, k in failed if (case, k) not in done)]
 
 
 def _silent(message: str) -> None:

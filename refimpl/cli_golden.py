@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refimpl.cli_engine import announce_compiling, memory_bytes, memory_option, note_residency
-from refimpl.cli_support import SentenceGroup, note, read_text
+from refimpl.cli_support import Real, SentenceGroup, note, read_text
 
 if TYPE_CHECKING:
     from refimpl.backend import Backend
@@ -236,7 +236,7 @@ def _command(dtype: str, backend: str, new: int, chunk: int | None, exact: bool)
 @click.argument("b")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Real(min=0),
     metavar="X",
     help="Largest difference in units of max(1, rms) [default: by the less precise run: "
     "1e-9 float64, 5e-5 float32, 1e-2 float16, 5e-2 bf16].",

@@ -1,7 +1,7 @@
 """What the command lines share: errors as one sentence, commands loaded when used.
 
-`SentenceGroup` and `NumberList` serve all three packages (click and `refimpl.errors` is all they
-need); the rest is for the commands of `refimpl`.
+`SentenceGroup`, `Real` and `NumberList` serve all three packages (click and `refimpl.errors` is all
+they need); the rest is for the commands of `refimpl`.
 """
 
 from __future__ import annotations
@@ -119,6 +119,17 @@ class SentenceGroup(click.Group):
             self.note("interrupted")
             ctx.exit(INTERRUPTED)
         ctx.exit(BAD_INPUT)
+
+
+class Real(click.FloatRange):
+    """An option's number within bounds; unlike click's own range it takes no nan."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """The number; a usage error names a value that is none."""
+        found: float = super().convert(value, param, ctx)
+        if found != found:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return found
 
 
 class NumberList(click.ParamType):

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from bench.cli import main
 from bench.compare import compare
 from bench.importers.table import Stated
-from bench.interleave import Arm, Round, append_round
+from bench.interleave import Arm, Round, append_round, read_rounds
 from bench.run import Files, Job, cases, file_runner, measure
 from bench.run_rows import rows_of, write_rows
 from bench.runners.base import Measurement, RunnerError, RunnerTest
@@ -116,7 +116,8 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(files: Files) -> None:
         ("bad", [arm("a", "broken pipe")]),
         ("good", [arm("a", 1.0, 2.0), arm("b", "no", "no")]),
     ]
-    assert measure(todo, 2, files, 1, notes.append) == 2
+    assert measure(todo, 2, files, 1, notes.append) == ["bad", "good (b)"]
+    assert len(read_rounds(files.rounds)) == 2
     assert sum("broken pipe" in n for n in notes) == 1
     assert any("b failed: no" in n for n in notes)
     with pytest.raises(RunnerError, match="nothing could be measured"):
@@ -232,6 +233,17 @@ def test_ctrl_c_leaves_rows_of_finished_rounds(files: Files, quick: Callable[...
     assert read_runs(files.out)[0][0].decode_tok_s == 10.0
 
 
+def test_exit_code_1_says_that_something_could_not_be_measured(
+    files: Files, quick: Callable[..., None]
+) -> None:
+    quick("the model has fewer positions", 12.0)
+    result = run("-m", "mini", "-p", "99999", "-n", "32", "--rounds", "1", "--out", str(files.out))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "not measured: mini pp99999 @ d0"
+    assert "12.0" in result.stdout and read_runs(files.out)[0][0].decode_tok_s == 12.0
+    assert "Exit code 0: everything was measured, 1: some" in run("--help").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -243,12 +255,13 @@ def test_ctrl_c_leaves_rows_of_finished_rounds(files: Files, quick: Callable[...
         (("-m", "mini", "-p", "99999999"), "99999999 is more than 10,000,000"),
         (("-m", "mini", "-p", "1,x"), "'1,x' is not a list of numbers"),
         (("-m", "mini", "--mtp", "7"), "--mtp is '7', expected one of 0, 1, 2, 3, auto"),
+        (("-m", "mini", "--timeout", "nan"), "'nan' is not a number"),
         (("-m", "mini", "--api-key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY is not set"),
         ((), "refimpl needs a file"),
     ],
 )
 def test_bad_input_is_told_in_one_line(files: Files, words: tuple[str, ...], message: str) -> None:
-    result = run(*words, "--out", str(files.out), "--timeout", "1")
+    result = run("--timeout", "1", *words, "--out", str(files.out))
     assert result.exit_code == 2
     last = result.stderr.strip().splitlines()
     assert any(message in line for line in last), result.stderr

@@ -35,14 +35,40 @@ def test_every_command_has_help_with_an_example(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("program", ["refimpl", "hwmodel", "bench"])
-def test_the_list_of_commands_cuts_no_sentence(program: str) -> None:
-    group = importlib.import_module(f"{program}.cli").main
-    listed = CliRunner().invoke(group, ["--help"]).stdout.partition("Commands:")[2]
+def test_no_list_of_commands_cuts_a_sentence(program: str) -> None:
+    for group in groups(importlib.import_module(f"{program}.cli").main):
+        listed = CliRunner().invoke(group, ["--help"]).stdout.partition("Commands:")[2]
+        ctx = click.Context(group)
+        assert "..." not in listed
+        for name in group.list_commands(ctx):
+            command = group.get_command(ctx, name)
+            assert command is not None
+            assert f"{name} {command.get_short_help_str(1000)}" in " ".join(listed.split())
+
+
+def groups(group: click.Group) -> Iterator[click.Group]:
+    """A group and all groups in it."""
+    yield group
     ctx = click.Context(group)
-    assert "..." not in listed
     for name in group.list_commands(ctx):
-        sentence = group.get_command(ctx, name).get_short_help_str(1000)
-        assert f"{name} {sentence}" in " ".join(listed.split())
+        command = group.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            yield from groups(command)
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("refimpl", ["golden", "compare", "a", "b", "--tolerance", "nan"]),
+        ("bench", ["run", "--timeout", "nan"]),
+        ("bench", ["engine", "measure", "--patience", "nan"]),
+        ("bench", ["engine", "residency", "--limit", "NaN"]),
+        ("bench", ["loop", "measure", "--patience", "nan"]),
+    ],
+)
+def test_not_a_number_is_refused(program: str, words: list[str]) -> None:
+    done = CliRunner().invoke(importlib.import_module(f"{program}.cli").main, words)
+    assert done.exit_code == 2 and f"'{words[-1]}' is not a number" in done.stderr
 
 
 def test_version() -> None:
