@@ -14,6 +14,8 @@ class Part:
     Attributes:
         base_s: seconds at the prior efficiency.
         peak_s: seconds at the datasheet's peak (0 for overheads).
+        arithmetic_s: seconds of its operations alone where a host computes what it reads: a second
+            limit beside `peak_s`, already in `base_s`.
         features: names and values of the effects that change `base_s`.
     """
 
@@ -24,3 +26,4 @@ class Part:
     peak_s: float = 0.0
     bytes: float = 0.0
     flop: float = 0.0
+    arithmetic_s: float = 0.0

@@ -123,7 +123,8 @@ def _roofline(parts: Sequence[Part]) -> float:
     """Seconds at the datasheets' peaks: the busiest resource, nothing else."""
     busy: dict[str, float] = {}
     for p in parts:
-        busy[p.resource] = busy.get(p.resource, 0.0) + p.peak_s
+        for resource, least_s in ((p.resource, p.peak_s), ("host arithmetic", p.arithmetic_s)):
+            busy[resource] = busy.get(resource, 0.0) + least_s
     return max(busy.values()) or math.inf
 
 

@@ -97,7 +97,7 @@ def _with(parts: list[Part], features: Features) -> list[Part]:
 def _scaled(p: Part, share: float, name: str, extra: Features) -> Part:
     return Part(
         name, p.resource, p.base_s * share, p.features + extra, p.peak_s * share,
-        p.bytes * share, p.flop * share,
+        p.bytes * share, p.flop * share, p.arithmetic_s * share,
     )  # fmt: skip
 
 
@@ -369,11 +369,14 @@ def _host_prompt_parts(
     share = run.placement.host_expert_share
     link, pack = host / m.host_link_bytes_per_s, host / m.host_bandwidth_bytes_per_s
     flop = 2 * chunk.multiply_adds.get("routed", 0.0) * times * share
-    computed = flop / m.host_flop_per_s + pack / HOST_PRIOR
+    arithmetic = flop / m.host_flop_per_s
+    computed = arithmetic + pack / HOST_PRIOR
     direct = c.family == "llama.cpp"
     if computed < link / LINK_PRIOR + (0 if direct else pack / PACK_PRIOR):
         effects = c.features("host compute", "family")
-        return [Part("host experts", "host memory", computed, effects, pack, host, flop)]
+        return [
+            Part("host experts", "host memory", computed, effects, pack, host, flop, arithmetic)
+        ]
     sent, packed = c.features("host stream", "family"), c.features("host pack", "family")
     parts = [Part("host link", "links", link / LINK_PRIOR, sent, link, host)]
     if direct:

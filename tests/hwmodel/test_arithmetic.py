@@ -11,7 +11,7 @@ from hwmodel.devices import load_device
 from hwmodel.effects import context_of
 from hwmodel.engines import load_engine
 from hwmodel.parts import Part
-from hwmodel.predict import step_parts
+from hwmodel.predict import predict, step_parts
 from hwmodel.quant import load_quant
 from hwmodel.run import DeviceCount, EngineChoice, Placement, RunConfig, Workload
 
@@ -142,3 +142,20 @@ def test_experts_that_the_host_computes_are_not_computed_again() -> None:
     found, whole = parts_of(short), parts_of(alone)
     assert found["host experts"].flop == pytest.approx(0.75 * whole["routed experts"].flop)
     assert found["routed experts"].flop == pytest.approx(0.25 * whole["routed experts"].flop)
+
+
+def test_the_limit_of_experts_that_the_host_computes_knows_its_arithmetic() -> None:
+    """What is read once for many tokens: the host is limited by computing, far below its memory."""
+    short = dataclasses.replace(
+        run_of(
+            "sglang-kt", "rtx4090-48g", "FP8", model="minimax-m2",
+            host_expert_share=0.75, host_bandwidth_bytes_per_s=614e9,
+        ),
+        workload=Workload(prompt_tokens=256, micro_batch=256),
+    )  # fmt: skip
+    experts = parts_of(short)["host experts"]
+    host = place.machine(short).host_flop_per_s
+    assert experts.arithmetic_s == experts.flop / host > experts.peak_s
+    found = predict(short, "prefill_tok_s")
+    assert found.roofline == pytest.approx(256 / experts.arithmetic_s)
+    assert (found.value or 0) < (found.roofline or 0)
