@@ -22,12 +22,20 @@ GOOD_TIER = 1
 
 @dataclass(frozen=True)
 class Candidate:
-    """One configuration; `host_layers` counts layers whose experts are in host memory."""
+    """One configuration.
+
+    Attributes:
+        host_layers: layers whose experts are in host memory.
+        ram_bytes: memory that was allowed for experts, where some are outside the devices'.
+        host: whose memory that is, where the devices have memory of their own.
+    """
 
     run: RunConfig
     context: int
     backend: str
     host_layers: int = 0
+    ram_bytes: float | None = None
+    host: Device | None = None
 
     @cached_property
     def memory(self) -> Ledger:

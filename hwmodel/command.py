@@ -36,6 +36,7 @@ class Launch:
         file: the checkpoint to load, where it is given.
         model: title of the model, for the name of a file that nobody published.
         holds_mtp: whether the checkpoint holds the MTP layers, so that no other file is needed.
+        numa: whether the processor that computes has memory on several sockets.
     """
 
     engine: Engine
@@ -54,6 +55,7 @@ class Launch:
     file: str = ""
     model: str = STEP_TITLE
     holds_mtp: bool = False
+    numa: bool = False
 
 
 def weights_name(engine: Engine, quant: str, file: str = "", model: str = STEP_TITLE) -> str:
@@ -113,6 +115,8 @@ def _add_memory(launch: Launch, add: _Add) -> None:
         add("host_experts")
     elif launch.host_layers:
         add("host_expert_layers", launch.host_layers)
+    if launch.numa:
+        add("numa")
     if launch.placement.ssd_share:
         # what the GPU maps must stay in memory; the processor's experts may leave it
         if launch.backend != "cpu" and launch.host_layers == 0:

@@ -43,7 +43,7 @@ _FLAGS = (
     "program", "model", "context", "micro_batch", "batch", "kv_type", "gpu_layers",
     "flash_attention", "sequences", "split_layer", "layer_shares", "remote", "tensor", "expert",
     "machines", "expert_groups", "group_machines",
-    "memory", "host_experts", "host_expert_layers", "stream", "drafts", "draft_model",
+    "memory", "host_experts", "host_expert_layers", "numa", "stream", "drafts", "draft_model",
     "draft_polling", "template",
 )  # fmt: skip
 

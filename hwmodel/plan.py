@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hwmodel.candidate import GOOD_TIER, Candidate
 from hwmodel.command import Launch, build_command
 from hwmodel.memory import Ledger
+from hwmodel.placement import sockets
 from hwmodel.predict import predict
 from hwmodel.request import MAX_COUNT, PlanRequest
 from hwmodel.run import Estimate, Split
@@ -94,6 +95,14 @@ class Plan:
         return draft_depth(self.chosen)
 
     @property
+    def assumed(self) -> str:
+        """Options that the configuration shown needs beyond those of the request, '' for none."""
+        c, r = self.chosen, self.request
+        if c.ram_bytes is None or (c.ram_bytes, c.host) == (r.ram_bytes, r.host):
+            return ""
+        return f"--ram {c.ram_bytes / 2**30:g}" + (f" --host {c.host.name}" if c.host else "")
+
+    @property
     def fits(self) -> bool:
         """The request can be met as the machine comes."""
         return self.holds and self.memory.margin_bytes >= 0
@@ -149,6 +158,7 @@ def make_plan(request: PlanRequest) -> Plan:
 def command_of(candidate: Candidate, drafts: int = 0) -> str:
     """The exact command that starts a candidate."""
     device, layers = candidate.device, candidate.host_layers
+    processor = device if candidate.backend == "cpu" else candidate.host
     all_layers = layers and layers == candidate.run.model.moe_layers
     launch = Launch(
         engine=candidate.engine,
@@ -167,6 +177,7 @@ def command_of(candidate: Candidate, drafts: int = 0) -> str:
         host_layers=None if all_layers else layers,
         hosts=-(-candidate.count // device.max_per_host),
         layer_shares=candidate.layer_shares if layers and candidate.count > 1 else (),
+        numa=processor is not None and sockets(processor) > 1,
     )
     return build_command(launch)
 

@@ -29,7 +29,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "fits_with": plan.fits_with or None,
         "problem": plan.problem or None,
-        "nearest": _configuration(c) if plan.has_nearest else None,
+        "nearest": _nearest(plan) if plan.has_nearest else None,
         "memory": {
             "weights_bytes": round(m.weights_bytes),
             "kv_bytes": round(m.kv_bytes),
@@ -68,6 +68,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "alternatives": [_configuration(a) for a in plan.alternatives],
         "provenance": _provenance(plan),
     }
+
+
+def _nearest(plan: Plan) -> dict[str, Any]:
+    return {**_configuration(plan.chosen), "assumed": plan.assumed or None}
 
 
 def _estimate(e: Estimate) -> dict[str, Any]:

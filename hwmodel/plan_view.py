@@ -101,6 +101,8 @@ def _title(plan: Plan) -> str:
         verdict = "DOES NOT FIT"
         if plan.held:
             verdict, shown = "FITS, BUT NOT AS ASKED", "Without that wish"
+        if plan.assumed:
+            shown += f", with {plan.assumed}"
         head = f"{verdict}: {plan.problem}.\n{shown}:\n\n{head}"
     return head
 

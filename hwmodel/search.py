@@ -187,7 +187,10 @@ def make_candidate(
             distinct_experts=request.distinct_experts,
         ),
     )
-    return Candidate(run, request.context, backend, host_layers)
+    found = Candidate(run, request.context, backend, host_layers)
+    if not found.is_offloaded:
+        return found
+    return dataclasses.replace(found, ram_bytes=request.ram_bytes, host=request.host)
 
 
 def _offload(request: PlanRequest, plain: Candidate) -> Candidate | None:

@@ -161,7 +161,7 @@ def test_llama_server_knows_every_option_of_a_command(case: dict[str, int]) -> N
     command = build_command(
         Launch(
             engine, "cuda", "Q4_K_S", 32768, placement=Placement(split=split), micro_batch=4096,
-            **case,  # type: ignore[arg-type]
+            numa=True, **case,  # type: ignore[arg-type]
         )
     )  # fmt: skip
     assert command.startswith("llama-server --model step3.5_flash_Q4_K_S.gguf --ctx-size 32768")

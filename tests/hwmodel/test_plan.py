@@ -134,6 +134,42 @@ def test_too_slow_or_too_dear_is_not_called_too_large() -> None:
     assert plan_text(plan("h100", count=1, quant="Q4_K_S")).startswith("DOES NOT FIT: ")
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "assumed"),
+    [
+        ("rtx3060", {"count": 1}, ""),  # more of them do: nothing else is needed
+        ("rtx2080ti", {}, "--ram 128 --host desktop-ddr5"),
+        ("rtx2080ti", {"ram_gb": 24, "host": "epyc-9654-2s"}, ""),  # the rest stays on disk
+        ("laptop-32gb", {}, "--ram 32"),
+    ],
+)
+def test_the_closest_names_the_host_memory_that_it_assumed(
+    device: str, options: dict[str, Any], assumed: str
+) -> None:
+    p = plan(device, **options)
+    shown = f", with {assumed}:" if assumed else ""
+    assert p.assumed == assumed
+    if p.has_nearest:
+        assert f"\nThe closest that does{shown or ':'}\n" in plan_text(p)
+        assert plan_json(p)["nearest"]["assumed"] == (assumed or None)
+    if assumed:
+        words = assumed.split()
+        more = {"ram_gb": float(words[1]), **({"host": words[3]} if len(words) > 2 else {})}
+        again = plan(device, **more)
+        assert again.holds and again.chosen.host_layers == p.chosen.host_layers
+        assert again.decode == p.decode
+
+
+def test_llama_cpp_spreads_its_threads_over_the_memory_of_two_sockets() -> None:
+    numa = "--numa distribute"
+    assert numa in plan("epyc-9654-2s").command
+    assert numa not in plan("epyc-9965-1s").command
+    for host, spread in (("epyc-9654-2s", True), ("desktop-ddr5", False)):
+        p = plan("rtx4090", count=1, ram_gb=256, host=host)
+        assert p.chosen.host_layers and (numa in p.command) == spread
+    assert numa not in plan("rtx4090", ram_gb=256, host="epyc-9654-2s", count=8).command
+
+
 def test_drafts_say_at_which_depth_and_why_no_more() -> None:
     fastest, fewer = plan("m4max"), plan("h100")
     gains = {o.drafts: o.gain for o in fewer.drafts}
