@@ -128,7 +128,12 @@ def _note_unnamed(rows: list[Any]) -> None:
 
 
 def _table(rows: list[Any]) -> str:
+    from bench.run_rows import SAYS
     from hwmodel.cli_support import table
+
+    def model(r: Any) -> str:
+        says = r.extra.get(SAYS, "")
+        return f"{r.model} ({says})" if says else str(r.model)
 
     def shown(value: float | None, digits: int = 1) -> str:
         return "" if value is None else f"{value:,.{digits}f}"
@@ -136,7 +141,7 @@ def _table(rows: list[Any]) -> str:
     header = ("engine", "model", "users", "prompt", "depth", "generated", "prefill tok/s",
               "decode tok/s", "TTFT ms", "how")  # fmt: skip
     return table(header, [
-        (r.engine, r.model, shown(r.batch_concurrency, 0), shown(r.prompt_tokens, 0),
+        (r.engine, model(r), shown(r.batch_concurrency, 0), shown(r.prompt_tokens, 0),
          shown(r.context_depth, 0), shown(r.gen_tokens, 0), shown(r.prefill_tok_s),
          shown(r.decode_tok_s), shown(r.ttft_ms), r.notes)
         for r in rows

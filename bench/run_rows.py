@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ from refimpl.errors import RefimplError
 if TYPE_CHECKING:
     from bench.run import Files
 
+SAYS = "model_says"  # column: what the file itself says it is, whatever its name
+_NAME_CHARS = 60
 _DROPPED = ("an answer without text", "the answer stopped midway")
 
 
@@ -31,8 +35,8 @@ def write_rows(files: Files, stated: Stated, model: Path | None = None) -> list[
     """Make the CSV of all rounds beside it; returns its rows.
 
     Args:
-        model: the file that was measured; its rows get the parameters that a token uses, which
-            engines do not print.
+        model: the file that was measured; its rows get what engines do not print: the parameters
+            that a token uses, and what the file calls itself.
 
     Raises:
         RunFileError: the rounds cannot be read.
@@ -43,26 +47,36 @@ def write_rows(files: Files, stated: Stated, model: Path | None = None) -> list[
     from refimpl.backends import model_path
 
     rows = rows_of(read_rounds(files.rounds), stated)
-    active = None if model is None else _active_parameters(model)
-    if model is not None and active:
-        name = Path(model_path(model)).stem
-        rows = [
-            replace(r, active_params_b=active / 1e9) if r.model in (name, stated.model) else r
-            for r in rows
-        ]
+    if model is not None:
+        path = Path(model_path(model))
+        mine = (path.stem, stated.model)
+        rows = [_described(r, path) if r.model in mine else r for r in rows]
     write_whole(files.out, write_runs(rows).encode())
     return rows
 
 
-def _active_parameters(model: Path) -> int | None:
-    """Parameters that one token uses, None where the file is of an architecture not known here."""
+def _described(row: RunRecord, path: Path) -> RunRecord:
+    """With what its file says; as it is where the file is of an architecture not known here."""
+    active, name = _read(path)
+    if active is None:
+        return row
+    extra = {**row.extra, SAYS: f"{name} {row.quant}".strip()} if name else row.extra
+    return replace(row, active_params_b=active / 1e9, extra=extra)
+
+
+@cache
+def _read(path: Path) -> tuple[int | None, str]:
+    """Parameters that one token uses, and the name that a GGUF file gives itself."""
     from hwmodel.weights_file import read_weights
-    from refimpl.backends import model_path
+    from refimpl.checkpoint.open import open_checkpoint
 
     try:
-        return read_weights(Path(model_path(model)))[0].active_parameters
+        active = read_weights(path)[0].active_parameters
+        with contextlib.closing(open_checkpoint(path)) as source:
+            name = str(source.metadata.get("general.name", ""))
+            return active, "".join(c for c in name if c.isprintable())[:_NAME_CHARS]
     except RefimplError:
-        return None
+        return None, ""
 
 
 def rows_of(rounds: Sequence[Round], stated: Stated) -> list[RunRecord]:
@@ -87,6 +101,7 @@ def _row(case: str, label: str, rounds: Sequence[Round], kind: str) -> RunRecord
         "host": rounds[-1].host, "flags": last.flags,
         "host_read_bytes_per_s": f"{median(r.probe for r in rounds):.4g}",
         "tok_s_low": f"{low:.5g}", "tok_s_high": f"{high:.5g}",
+        SAYS: str(record.get("model_type") or ""),
     }  # fmt: skip
     values: dict[str, Any] = {
         "id": re.sub(r"[^\w.@-]+", "-", f"{day}-{label}-{case}"),

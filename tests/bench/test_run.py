@@ -133,6 +133,8 @@ def test_rows_of_a_file_say_what_a_token_uses(files: Files) -> None:
     mini, unknown = write_rows(files, Stated(), Path("mini"))
     assert mini.active_params_b is not None and 0.001 < mini.active_params_b < 0.02
     assert unknown.active_params_b is None
+    assert (mini.extra["model_says"], unknown.extra["model_says"]) == (
+        "Step mini Q4_K", "step35 Q4_K")  # fmt: skip
     assert [r.active_params_b for r in write_rows(files, Stated(), Path("none.gguf"))] == [None] * 2
 
 
@@ -240,6 +242,7 @@ def test_exit_code_1_says_that_something_could_not_be_measured(
     result = run("-m", "mini", "-p", "99999", "-n", "32", "--rounds", "1", "--out", str(files.out))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "not measured: mini pp99999 @ d0"
+    assert "some-model-Q4_K_S (step35 Q4_K)" in result.stdout
     assert "12.0" in result.stdout and read_runs(files.out)[0][0].decode_tok_s == 12.0
     assert "Exit code 0: everything was measured, 1: some" in run("--help").stdout
 
