@@ -6,7 +6,7 @@ measured, which no engine falls short of in the same way; those efficiencies wou
 twice. For such devices an engine's effects come from a host that was probed and measured alike:
 
 * the device's own, in `NAME.fit.json` beside its file, which `bench loop fit` writes; else
-* `fits/probed.json`, of the host of `reports/loop`. How far another host may be from it nobody
+* `fits/probed.json`, of the host of `reports/loop-3`. How far another host may be from it nobody
   has measured; the band grows by what published runs of a device are further off when no run of
   that device was in the fit.
 
@@ -14,7 +14,7 @@ An engine that neither has is predicted with the published fit, and the estimate
 
 A model that stays in the processor's last cache does not stream from memory: where the probe has
 measured how fast that cache is read, such a run is one of a second device, `NAME-cache`, with
-effects of its own (`reports/loop` measured the embedded model so).
+effects of its own (`reports/loop-3` measured the embedded model so).
 """
 
 from __future__ import annotations
