@@ -22,6 +22,7 @@ from bench.interleave import (
     read_rounds,
     run_rounds,
 )
+from bench.others import OTHER_CORES, other_cores
 from bench.runners.base import Measurement, Runner
 from refimpl.benchmark.record import loop_sources
 from refimpl.engine.simd import sources_hash
@@ -76,7 +77,8 @@ def measure_cases(
     def state() -> dict[str, Any]:
         kept_awake = patience_s is not None and SUPPORTED
         return {
-            **machine_state(), "amx": "amx-tile" in cpu_features(), "kept_awake": kept_awake
+            **machine_state(), "amx": "amx-tile" in cpu_features(), "kept_awake": kept_awake,
+            OTHER_CORES: other_cores(),
         }  # fmt: skip
 
     host, before = f"{cpu_name()}, {threads} threads", all_rounds(data)

@@ -5,7 +5,9 @@ bandwidth. Rounds are appended to a file of JSON lines as they finish, so a run 
 (Ctrl-C) and gone on with at any later moment; nothing but the unfinished round is lost.
 
 A round is *quiet* if its probes agree within 10 % and all reach 90 % of the best probe seen on the
-machine, else *busy*; a busy one whose probes agree is *steady*. The same is asked of one arm, or of
+machine, and if other programs used no more than a fifth of a core before it (`bench.others`; rounds
+that do not say count as if none had), else *busy*; a busy one whose probes agree is *steady*. The
+same is asked of one arm, or of
 two that are compared, by the probes beside them: where another user of the memory comes or goes in
 the middle of a round, the other arms still count. With a `Gate` each arm waits until the probe is
 near the best.
@@ -24,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
 
+from bench.others import OTHER_CORES, OTHERS
 from bench.runners.base import Measurement, Runner, RunnerError, RunnerTest
 from hwmodel.errors import RunFileError
 
@@ -62,7 +65,8 @@ class Round:
             judged together.
         probe_before, probe_after: bytes per second, each repetition of the probe.
         between: the probe after each arm but the last.
-        state: load and memory of the machine when the round began.
+        state: load and memory of the machine when the round began, and under `OTHER_CORES` what
+            other programs used of it.
         arms: measurement of each arm by its label, in the order in which they were run.
         failed: what went wrong with the arms that gave none.
         waited: the last probe before the arms that a `Gate` let wait after the one between.
@@ -83,6 +87,11 @@ class Round:
     def probe(self) -> float:
         """Read bandwidth of the round, bytes/s: median of its probes."""
         return median(self.probes())
+
+    @property
+    def others(self) -> float:
+        """Cores that other programs used before the round; 0 where it does not say."""
+        return float(self.state.get(OTHER_CORES, 0.0))
 
     @property
     def kernels(self) -> str:
@@ -119,7 +128,8 @@ class Round:
         probe, bytes/s."""
         if self.waited and not labels:
             return all(self.is_quiet(best, k) for k in self.arms)
-        return self.is_steady(*labels) and min(self.probes(*labels)) >= NEAR_BEST * best
+        near = min(self.probes(*labels)) >= NEAR_BEST * best
+        return near and self.is_steady(*labels) and self.others <= OTHERS
 
 
 @dataclass(frozen=True)
@@ -254,7 +264,12 @@ def _measured(group: Sequence[Arm]) -> dict[str, Measurement]:
 
 def _line(made: Round) -> str:
     arms = ", ".join(f"{k} {m.median_ts:.1f}" for k, m in made.arms.items())
-    return f"{arms} tokens/s; memory {made.probe / 1e9:.1f} GB/s"
+    return f"{arms} tokens/s; memory {made.probe / 1e9:.1f} GB/s{others_text(made)}"
+
+
+def others_text(made: Round) -> str:
+    """What to say of other programs that disturbed a round; nothing where none did."""
+    return f"; other programs used {made.others:.1f} cores" if made.others > OTHERS else ""
 
 
 def append_round(path: Path, made: Round) -> None:
@@ -321,6 +336,8 @@ def _round(data: dict[str, Any]) -> Round:
           for name in ("between", "waited")),
     )  # fmt: skip
     probes = [made.probe_before, made.probe_after, *made.between.values(), *made.waited.values()]
+    if not made.others >= 0:
+        raise ValueError(f"other programs used {made.others} cores")
     if not all(p and min(p) > 0 for p in probes):
         raise ValueError("a probe without a speed")
     return made

@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from bench.others import OTHERS, other_cores
+
 AGREEMENT = 0.10  # of the memory's speed at the end with that at the beginning
 SPREAD = 0.15  # quartiles of memory and arithmetic apart, over their median
-OTHERS = 0.25  # cores' worth of other programs
 
 _MEMORY_TIME_S = 2.0  # for each number of threads
 _MATRIX = 1536
@@ -177,7 +178,7 @@ def probe_host(
     from refimpl.benchmark.host import machine_state
 
     started, clock = time.time(), time.perf_counter()
-    others = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
+    others = other_cores()
     state = machine_state()
     counts = thread_counts(threads)
     caches = last_level_bytes()

@@ -20,9 +20,11 @@ from bench.interleave import (
     Note,
     Round,
     append_round,
+    others_text,
     read_rounds,
     run_rounds,
 )
+from bench.others import OTHER_CORES, other_cores
 from bench.runners.base import Runner, RunnerError, RunnerTest
 from hwmodel.errors import RequestError
 from hwmodel.files import check_writable
@@ -214,6 +216,12 @@ def measure(
         append_round(files.rounds, made)
         kept.append(made)
 
+    def state_of(arms: Sequence[Arm]) -> Callable[[], dict[str, Any]]:
+        # a server is another program, and may poll for requests; so nothing is said beside one
+        if any(is_endpoint(arm.label) for arm in arms):
+            return machine_state
+        return lambda: {**machine_state(), OTHER_CORES: other_cores()}
+
     def probe() -> tuple[float, ...]:
         time.sleep(0.2)
         return read_bandwidth(team, _PROBE_BYTES, _PROBE_REPETITIONS)
@@ -225,7 +233,7 @@ def measure(
                 if name in dead:
                     continue
                 try:
-                    run_rounds(name, arms, 1, probe, host, keep, machine_state, _silent)
+                    run_rounds(name, arms, 1, probe, host, keep, state_of(arms), _silent)
                 except RunnerError as error:
                     dead.append(name)
                     note(str(error))
@@ -246,7 +254,7 @@ def _last_line(path: Path) -> str:
     made = read_rounds(path)[-1]
     arms = [f"{k} {m.median_ts:.1f} tok/s" for k, m in made.arms.items()]
     arms += [f"{k} failed: {why}" for k, why in made.failed.items()]
-    return f"{made.case}: {', '.join(arms)}"
+    return f"{made.case}: {', '.join(arms)}{others_text(made)}"
 
 
 def api_key(variable: str | None) -> str:

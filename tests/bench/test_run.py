@@ -64,6 +64,7 @@ def arm(label: str, *results: float | str) -> Arm:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.setattr(probe, "read_bandwidth", lambda *_: (5e10,))
     monkeypatch.setattr("bench.run.time.sleep", lambda _: None)
+    monkeypatch.setattr("bench.run.other_cores", lambda: 0.0)
     return Files(tmp_path / "mine.csv")
 
 
@@ -122,6 +123,17 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(files: Files) -> None:
     assert any("b failed: no" in n for n in notes)
     with pytest.raises(RunnerError, match="nothing could be measured"):
         measure([("bad", [arm("a", "x")])], 2, files, 1, notes.append)
+
+
+def test_a_round_says_what_other_programs_used_unless_a_server_is_measured(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("bench.run.other_cores", lambda: 0.8)
+    todo = [("file", [arm("a", 1.0)]), ("chat", [arm("http://localhost:8080 x1", 2.0)])]
+    measure(todo, 1, files, 1, notes.append)
+    assert [r.state.get("other_cores") for r in read_rounds(files.rounds)] == [0.8, None]
+    assert ["other programs used 0.8 cores" in n for n in notes] == [True, False]
 
 
 def test_rows_of_a_file_say_what_a_token_uses(files: Files) -> None:
