@@ -33,7 +33,7 @@ def planned_slots(
         return None
     if memory_bytes is None and fits_memory(program.files):
         return None
-    free = available_bytes()
+    free, left = available_bytes(), "that are free for it"
     if memory_bytes is None:
         room = free - min(max(free // 16, _LEAST_SPARE), _MOST_SPARE)
     elif memory_bytes >= size + cache_bytes + own_bytes():
@@ -44,16 +44,19 @@ def planned_slots(
             "free; allow less"
         )
     else:
-        room = memory_bytes - own_bytes()
-    slots, each = _slots(source, program, size, room), slot_bytes(source)
+        own = own_bytes()
+        room = memory_bytes - own
+        left = f"that {size_text(memory_bytes)} leave beside the {size_text(own)} of this process"
+    slots, each = _slots(source, program, size, room, left), slot_bytes(source)
     beside = round_up(cache_bytes, each) // each
     require_slots(slots - beside, minimal_slots(source.config), each, cache_bytes)
     moe = sum(spec.is_moe for spec in source.config.layers)
     return min(slots, moe * source.config.moe_num_experts + beside)
 
 
-def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
-    """As many as there is room for beside what every token needs, more than experts even."""
+def _slots(source: StoredSource, program: Program, size: int, room: int, left: str) -> int:
+    """As many as there is room for beside what every token needs, more than experts even; `left`
+    says in a refusal what the room is."""
     shared = sum(length for _, _, length in shared_parts(source, program.files))
     working = sum(part.nbytes for part in program.working_memory())
     each, least = slot_bytes(source), minimal_slots(source.config)
@@ -61,10 +64,10 @@ def _slots(source: StoredSource, program: Program, size: int, room: int) -> int:
     if slots < least:
         needed = shared + working + least * each
         raise InputError(
-            f"the model's {size_text(size)} do not fit the {size_text(max(0, room))} that are left "
-            "for it, and experts cannot be left on disk with less than "
-            f"{size_text(needed)}: {size_text(shared)} that every token reads, "
-            f"{size_text(working)} to compute in, {size_text(least * each)} for {least} experts; "
+            f"the model's {size_text(size)} do not fit the {size_text(max(0, room))} "
+            f"{left}, and experts cannot be left on disk with less than {size_text(needed)}: "
+            f"{size_text(shared)} that every token reads, {size_text(working)} to compute in, "
+            f"{size_text(least * each)} for {least} experts; "
             "free or allow more memory, or use a smaller type"
         )
     return int(slots)

@@ -207,7 +207,7 @@ def test_memory_is_divided_with_the_arithmetic(
     model.close()
     with pytest.raises(InputError, match=r"cannot be left on disk with less than .* for \d+ exp"):
         EngineModel(source, micro_batch=4, memory_bytes=shared)
-    with pytest.raises(InputError, match=r"do not fit the 3\.5 kB that are left for it, .* kB for"):
+    with pytest.raises(InputError, match=r"fit the 3\.5 kB that 3\.5 kB leave .* kB for \d+ e"):
         EngineModel(source, micro_batch=4, memory_bytes=3500)
     model = EngineModel(source, micro_batch=4, memory_bytes=size)
     assert model.residency is None
@@ -302,7 +302,7 @@ def test_a_context_that_fits_neither_way_is_refused(
 def test_the_command_says_that_a_context_leaves_experts_on_disk(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 150)
+    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room, left: 150)
     ids = tmp_path / "ids.json"
     ids.write_text("[1, 2, 3]")
     size = model_file.stat().st_size
@@ -438,7 +438,7 @@ def test_every_command_on_the_engine_takes_a_limit_of_memory(
     assert done.exit_code == 2 and "experts cannot be left on disk" in done.stderr
     done = CliRunner().invoke(main, [*words, "--memory", "-1"])
     assert done.exit_code == 2 and "--memory is -1, expected GB above 0" in done.stderr
-    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 150)
+    monkeypatch.setattr(budget, "_slots", lambda source, program, size, room, left: 150)
     done = CliRunner().invoke(main, [*words, "--memory", "0.0001"])
     assert done.exit_code == 0, done.stderr
     assert "others are read when chosen" in done.stderr

@@ -236,7 +236,7 @@ def test_the_engine_runs_pieces_of_a_whole_file(
 
     how: tuple[object, ...] = ("--backend", "engine", "--exact", "--dtype", "float32")
     if limited:
-        monkeypatch.setattr(budget, "_slots", lambda source, program, size, room: 40)
+        monkeypatch.setattr(budget, "_slots", lambda source, program, size, room, left: 40)
         monkeypatch.setattr(budget, "own_bytes", lambda: 0)
         how += ("--memory", "0.001")
     before: tuple[object, ...] = ()
