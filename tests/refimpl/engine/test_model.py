@@ -264,7 +264,7 @@ def test_contexts_beyond_memory_are_refused_with_the_arithmetic(
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     model = engine("tiny_a", "q8_0")
     monkeypatch.setattr(model, "cache_bytes", lambda capacity: 100 << 20)
-    with pytest.raises(InputError, match=r"0\.10 GB, but only 0\.31 GB"):
+    with pytest.raises(InputError, match=r"104\.9 MB, but only 314\.6 MB"):
         model.new_cache(64)
 
 
