@@ -18,8 +18,7 @@ _SPIN = (
     "import os, sys\n"
     "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
     "os.sched_setaffinity(0, {int(sys.argv[1])})\n"
-    "parent = os.getppid()\n"
-    "while os.getppid() == parent:\n"
+    "while os.getppid() == int(sys.argv[2]):\n"
     "    for _ in range(100_000): pass\n"
 )
 SUPPORTED = sys.platform == "linux"
@@ -36,7 +35,11 @@ class Awake:
         self._loops: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,11 +52,13 @@ class Awake:
         self._start()
 
     def _start(self) -> None:
-        if not SUPPORTED:
+        if sys.platform != "linux":
             return
         for number in sorted(os.sched_getaffinity(0)):
-            command = [sys.executable, "-S", "-c", _SPIN, str(number)]
-            self._loops.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+            command = [sys.executable, "-S", "-c", _SPIN, str(number), str(os.getpid())]
+            # Ctrl-C at the terminal is not for them. In a session of their own they would be
+            # weighed against this one as a whole, whatever their priority.
+            self._loops.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0))
         time.sleep(self.SETTLE_S)
 
     def _stop(self) -> None:

@@ -81,6 +81,9 @@ def measure_cases(
             OTHER_CORES: other_cores(),
         }  # fmt: skip
 
+    def so_far() -> list[Round]:
+        return [*before, *made]
+
     host, before = f"{cpu_name()}, {threads} threads", all_rounds(data)
     with contextlib.closing(Team(threads)) as team, _termination_is_an_interrupt():
         if patience_s is None:
@@ -91,39 +94,43 @@ def measure_cases(
         with Awake() as awake:
             gate = Gate(max(best, best_probe(before).get(host, 0.0)), patience_s, awake.move)
             for case in cases:
-                for left in _until_quiet(case, rounds, gate, lambda: [*before, *made], note):
+                labels = {arm.label for arm in arms(case, models, llama)}
+                for left in _until_quiet(case, labels, rounds, gate, so_far, note):
                     members = arms(left, models, llama)
                     run_rounds(case.name, members, 1, probe, host, keep, state, note, gate)
     return made
 
 
 def _until_quiet(
-    case: Case, rounds: int, gate: Gate, so_far: Callable[[], list[Round]], note: Note
-) -> Iterator[Case]:
-    """What to measure next of a case, until it has its quiet rounds."""
+    case: Case, labels: set[str], rounds: int, gate: Gate, so_far: Callable[[], list[Round]],
+    note: Note,
+) -> Iterator[Case]:  # fmt: skip
+    """What to measure next of a case, until the arms that it can be measured with have their
+    quiet rounds."""
     for _ in range(_TRIES * rounds):
-        left = unmet(case, so_far(), rounds, gate.best)
+        left = unmet(case, labels, so_far(), rounds, gate.best)
         if left is None:
             return
         yield left
-    if unmet(case, so_far(), rounds, gate.best):
+    if unmet(case, labels, so_far(), rounds, gate.best):
         note(f"{case.name}: still without {rounds} quiet rounds; go on later")
 
 
-def unmet(case: Case, rounds: Iterable[Round], wanted: int, best: float) -> Case | None:
+def unmet(
+    case: Case, labels: set[str], rounds: Iterable[Round], wanted: int, best: float
+) -> Case | None:
     """What of a case has fewer than `wanted` quiet rounds of the present kernels; None: nothing.
 
     Args:
+        labels: of the arms that can be measured; others are not waited for.
         best: the memory's best speed, bytes/s.
     """
     mine = [r for r in rounds if r.case == case.name]
     quiet = [{k for k, m in r.arms.items() if _current(m) and r.is_quiet(best, k)} for r in mine]
     if not case.apart:
-        labels = {k for r in mine for k in r.arms} | {
-            e.label for e in case.entries if not e.variant
-        }
         return None if sum(labels <= q for q in quiet) >= wanted else case
-    left = [e for e in case.entries if sum(e.label in q for q in quiet) < wanted]
+    able = [e for e in case.entries if e.label in labels]
+    left = [e for e in able if sum(e.label in q for q in quiet) < wanted]
     return replace(case, entries=tuple(left)) if any(not e.anchor for e in left) else None
 
 

@@ -59,6 +59,8 @@ def _others() -> dict[Key, Used]:
     found: dict[Key, Used] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error), process.oneshot():
+            if not process.pid:  # what Windows counts idle time under
+                continue
             times = process.cpu_times()
             collected = getattr(times, "children_user", 0.0) + getattr(
                 times, "children_system", 0.0

@@ -199,8 +199,8 @@ def measure(
     todo: Sequence[tuple[str, list[Arm]]], rounds: int, files: Files, threads: int, note: Note
 ) -> list[str]:
     """Measure all cases once, then again, and so on; returns what could not be measured: cases
-    that failed as a whole, which are left out of further rounds, and engines that failed in every
-    round of a case.
+    without a round, and engines that failed in every round of a case. A case that failed as a whole
+    is named and left out of further rounds.
 
     Raises:
         RunnerError: nothing at all could be measured.
@@ -243,7 +243,8 @@ def measure(
         raise RunnerError("nothing could be measured")
     done = {(r.case, k) for r in kept for k in r.arms}
     failed = dict.fromkeys((r.case, k) for r in kept for k in r.failed)
-    return [*dead, *(f"{case} ({k})" for case, k in failed if (case, k) not in done)]
+    never = [name for name in dead if all(r.case != name for r in kept)]
+    return [*never, *(f"{case} ({k})" for case, k in failed if (case, k) not in done)]
 
 
 def _silent(message: str) -> None:

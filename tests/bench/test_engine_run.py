@@ -1,12 +1,14 @@
 """Which arms still need rounds in quiet memory."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import engine_run
 from bench.engine_cases import Case, Entry
-from bench.engine_run import unmet
+from bench.engine_run import measure_cases
 from bench.interleave import Round
 from bench.runners.base import Measurement, RunnerTest
 
@@ -35,6 +37,12 @@ def a_round(*labels: str, kernels: str = "new", after: float = 100.0, loop: str 
         engine = k if k == "llama.cpp" else "refimpl"
         made[k] = Measurement(engine, "1", "", (1.0,), (1,), record)
     return Round("c", 0.0, "host", (100.0,), (after,), {}, made)
+
+
+def unmet(given: Case, rounds: list[Round], wanted: int, best: float, without: str = "") -> Any:
+    """As `bench.engine_run.unmet` has it, with all arms of the case but one."""
+    labels = {e.label for e in given.entries if e.label != without}
+    return engine_run.unmet(given, labels, rounds, wanted, best)
 
 
 def labels_of(found: Case | None) -> list[str]:
@@ -76,5 +84,30 @@ def test_rounds_of_other_kernels_or_another_loop_do_not_count() -> None:
 
 
 def test_an_engine_that_is_not_there_is_not_waited_for() -> None:
+    """Whether or not earlier rounds had it."""
     both = case("refimpl", "llama.cpp")
-    assert unmet(both, [a_round("refimpl")], 1, 100) is None
+    assert unmet(both, [a_round("refimpl")], 1, 100) is both
+    for old in ([], [a_round("refimpl", "llama.cpp", kernels="old")]):
+        assert unmet(both, [*old, a_round("refimpl")], 1, 100, without="llama.cpp") is None
+    points = replace(both, apart=True)
+    assert unmet(points, [a_round("refimpl")], 1, 100, without="llama.cpp") is None
+
+
+def test_points_of_an_engine_that_is_not_there_end_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the others have their quiet rounds, nothing is left of the case."""
+
+    class Runner:
+        def measure(self, test: RunnerTest) -> Measurement:
+            return a_round("refimpl").arms["refimpl"]
+
+    monkeypatch.setattr("bench.engine_cases.RefimplRunner", Runner)
+    monkeypatch.setattr("refimpl.engine.probe.read_bandwidth", lambda *_: (5e10,))
+    monkeypatch.setattr(engine_run, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(engine_run, "other_cores", lambda: 0.0)
+    monkeypatch.setattr("bench.awake.Awake._start", lambda self: None)
+    points, notes = case("refimpl", "llama.cpp", apart=True), list[str]()
+    made = measure_cases([points], Path(), tmp_path, 1, 2, {}, notes.append, patience_s=1)
+    assert [list(r.arms) for r in made] == [["refimpl"]] * 2
+    assert not any("still without" in n for n in notes)

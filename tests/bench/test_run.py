@@ -121,6 +121,8 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(files: Files) -> None:
     assert len(read_rounds(files.rounds)) == 2
     assert sum("broken pipe" in n for n in notes) == 1
     assert any("b failed: no" in n for n in notes)
+    late = [("late", [arm("a", 1.0, "broken")])]
+    assert measure(late, 2, files, 1, notes.append) == [], "its first round counts"
     with pytest.raises(RunnerError, match="nothing could be measured"):
         measure([("bad", [arm("a", "x")])], 2, files, 1, notes.append)
 
