@@ -214,8 +214,8 @@ def _problem(request: PlanRequest) -> tuple[str, bool]:
         return f"what holds the model costs {least:,.0f} dollars or more", True
     fastest = max(c.decode.value or 0.0 for c in held)
     return (
-        f"nothing reaches {request.min_decode:g} tokens/s at {request.context:,} tokens; "
-        f"the fastest makes {fastest:.3g}"
+        f"nothing reaches {request.min_decode:,.10g} tokens/s at {request.context:,} tokens; "
+        f"the fastest makes {fastest:{',.0f' if fastest >= 100 else '.3g'}}"
     ), True
 
 

@@ -84,12 +84,14 @@ class PlanRequest:
         """Whether an engine can load a quant type on the device, or the file that stands for
         one."""
         if self.weights is not None and quant == self.weights.name:
-            return _reads(engine, self.weights)
-        return quant in engine.quants and not self.lacks_fp8(engine, quant)
+            able = _reads(engine, self.weights)
+        else:
+            able = quant in engine.quants
+        return able and not self.lacks_fp8(engine, quant)
 
     def lacks_fp8(self, engine: Engine, quant: str) -> bool:
         """Whether the type is FP8 and the engine wants FP8 arithmetic that the device has not."""
-        if load_quant(quant).family != "fp8" or "flop.fp8_per_s" in self.device.quantities:
+        if self.kind(quant).family != "fp8" or "flop.fp8_per_s" in self.device.quantities:
             return False
         return backend_of(engine, self.device) in engine.fp8_without_rate
 

@@ -270,7 +270,7 @@ def test_wishes_are_honoured() -> None:
     assert "costs" in none.problem
     fast = plan("dgx-spark", min_decode=1e4)
     assert not fast.holds
-    assert "nothing reaches 10000 tokens/s at 32,768 tokens" in fast.problem
+    assert "nothing reaches 10,000 tokens/s at 32,768 tokens" in fast.problem
 
 
 def test_a_faster_wish_is_met_by_more_devices_or_refused() -> None:

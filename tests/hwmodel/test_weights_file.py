@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,34 @@ def test_another_model_is_refused(tiny_dir: Callable[[str], Path], tmp_path: Pat
     for path in (gguf, tiny_dir("tiny_a")):
         with pytest.raises(RequestError, match=r"holds another model .* expected step-3\.5-flash"):
             make_request("h100", step_shape(), quant=str(path))
+
+
+@pytest.mark.parametrize("device", ["rtx5090", "h100", "m4max"])
+def test_a_file_that_does_not_fit_is_said_to(device: str, full_size: Path) -> None:
+    """Where engines that read no such file run as well, too."""
+    asked = make_request(
+        device, step_shape(), quant=str(full_size), count=1, concurrency=64, context="256k"
+    )
+    found = make_plan(asked)
+    assert not found.holds
+    assert f"{full_size} does not fit {device}: " in found.problem
+    assert "GB too little" in found.problem
+
+
+def test_a_folder_in_fp8_needs_what_the_type_needs(tiny_dir: Callable[[str], Path]) -> None:
+    shape, weights = read_weights(tiny_dir("tiny_a"))
+    fp8 = replace(weights, default="FP8_BLOCK")
+    for device, able in (("mi250x", False), ("mi300x", True)):
+        asked = replace(make_request(device, shape), weights=fp8)
+        assert asked.can_load(load_engine("vllm"), fp8.name) is able
+        assert replace(asked, weights=weights).can_load(load_engine("vllm"), fp8.name)
+
+
+def test_speeds_of_small_models_are_written_in_full(tiny_dir: Callable[[str], Path]) -> None:
+    shape, _ = read_weights(tiny_dir("tiny_a"))
+    found = make_plan(make_request("rtx5090", shape, context=64, min_decode=1e6))
+    words = r"nothing reaches 1,000,000 tokens/s at 64 tokens; the fastest makes [1-9],\d{3}"
+    assert re.fullmatch(words, found.problem)
 
 
 def test_what_no_engine_here_can_load_is_refused(full_size: Path) -> None:
