@@ -121,6 +121,8 @@ def unmet(
 ) -> Case | None:
     """What of a case has fewer than `wanted` quiet rounds of the present kernels; None: nothing.
 
+    Anchors stay as long as anything else is left: what is not quiet is compared with them.
+
     Args:
         labels: of the arms that can be measured; others are not waited for.
         best: the memory's best speed, bytes/s.
@@ -130,7 +132,7 @@ def unmet(
     if not case.apart:
         return None if sum(labels <= q for q in quiet) >= wanted else case
     able = [e for e in case.entries if e.label in labels]
-    left = [e for e in able if sum(e.label in q for q in quiet) < wanted]
+    left = [e for e in able if e.anchor or sum(e.label in q for q in quiet) < wanted]
     return replace(case, entries=tuple(left)) if any(not e.anchor for e in left) else None
 
 

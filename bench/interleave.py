@@ -347,7 +347,8 @@ def best_probe(rounds: Iterable[Round]) -> dict[str, float]:
     """The best probe seen on each host, bytes/s: best median of any probe."""
     best: dict[str, float] = {}
     for r in rounds:
-        best[r.host] = max(*r.probes(), best.get(r.host, 0.0))
+        waited = map(median, r.waited.values())
+        best[r.host] = max(*r.probes(), *waited, best.get(r.host, 0.0))
     return best
 
 

@@ -68,6 +68,7 @@ def test_points_on_their_own_need_quiet_rounds_of_their_own() -> None:
 def test_anchors_are_measured_beside_others_only() -> None:
     points = case("anchor", "a", apart=True, anchor="anchor")
     assert labels_of(unmet(points, [], 1, 100)) == ["anchor", "a"]
+    assert labels_of(unmet(points, [a_round("anchor")], 1, 100)) == ["anchor", "a"]
     assert unmet(points, [a_round("a")], 1, 100) is None
 
 

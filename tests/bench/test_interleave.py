@@ -231,6 +231,8 @@ def test_a_gate_lets_every_arm_wait_for_quiet_memory() -> None:
     assert made.probes("b") == [98, 97] and made.probes("a") == [99, 60]
     assert made.is_quiet(100, "b") and not made.is_quiet(100, "a")
     assert not made.is_quiet(100) and replace(made, between={"a": (97.0,)}).is_quiet(100)
+    assert best_probe([made]) == {"host": 99}
+    assert best_probe([replace(made, waited={"b": (120.0,)})]) == {"host": 120}
 
 
 def test_quiet_memory_is_not_probed_twice() -> None:

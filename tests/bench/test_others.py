@@ -61,6 +61,14 @@ def test_own_processes_do_not_count_and_all_others_do() -> None:
     assert other_cores(0.05) >= 0
 
 
+def test_idle_time_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has a process of number 0 for it."""
+    idle = psutil.Process()
+    monkeypatch.setattr(idle, "_pid", 0)
+    monkeypatch.setattr(psutil, "process_iter", lambda: [idle])
+    assert others._others() == {}
+
+
 def test_cores_are_seconds_over_the_time_between(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([{A: Used(1.0, 0.0)}, {A: Used(1.3, 0.0)}])
     clock = iter([10.0, 10.5])
