@@ -257,7 +257,7 @@ def _least_short(request: PlanRequest, count: int) -> tuple[Candidate | None, st
             for quant in [request.quant] if request.quant else engine.published:
                 if not request.can_load(engine, quant):
                     if request.lacks_fp8(engine, quant):
-                        illegal = f"{engine.title} needs FP8 arithmetic, which it lacks"
+                        illegal = f"{engine.title} needs FP8 arithmetic for it"
                     continue
                 why = why_illegal(request.model, request.kind(quant), split, count)
                 illegal = why or illegal

@@ -129,15 +129,17 @@ def test_a_processor_launches_nothing() -> None:
         assert found[0] - found[1] == pytest.approx(more, abs=1e-12)
 
 
-def test_experts_that_the_host_computes_are_not_computed_again() -> None:
-    """A short prompt over two processors with much memory bandwidth."""
-    short = dataclasses.replace(
-        run_of(
-            "sglang-kt", "rtx4090-48g", "FP8", model="minimax-m2",
-            host_expert_share=0.75, host_bandwidth_bytes_per_s=614e9,
-        ),
-        workload=Workload(prompt_tokens=256, micro_batch=256),
+def short_prompt_over_two_processors() -> RunConfig:
+    """They have much memory bandwidth, so three quarters of the experts are computed there."""
+    run = run_of(
+        "sglang-kt", "rtx4090-48g", "FP8", model="minimax-m2",
+        host_expert_share=0.75, host_bandwidth_bytes_per_s=614e9,
     )  # fmt: skip
+    return dataclasses.replace(run, workload=Workload(prompt_tokens=256, micro_batch=256))
+
+
+def test_experts_that_the_host_computes_are_not_computed_again() -> None:
+    short = short_prompt_over_two_processors()
     alone = dataclasses.replace(short, placement=Placement())
     found, whole = parts_of(short), parts_of(alone)
     assert found["host experts"].flop == pytest.approx(0.75 * whole["routed experts"].flop)
@@ -146,13 +148,7 @@ def test_experts_that_the_host_computes_are_not_computed_again() -> None:
 
 def test_the_limit_of_experts_that_the_host_computes_knows_its_arithmetic() -> None:
     """What is read once for many tokens: the host is limited by computing, far below its memory."""
-    short = dataclasses.replace(
-        run_of(
-            "sglang-kt", "rtx4090-48g", "FP8", model="minimax-m2",
-            host_expert_share=0.75, host_bandwidth_bytes_per_s=614e9,
-        ),
-        workload=Workload(prompt_tokens=256, micro_batch=256),
-    )  # fmt: skip
+    short = short_prompt_over_two_processors()
     experts = parts_of(short)["host experts"]
     host = place.machine(short).host_flop_per_s
     assert experts.arithmetic_s == experts.flop / host > experts.peak_s

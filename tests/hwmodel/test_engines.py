@@ -12,6 +12,7 @@ from hwmodel.engines import engine_names, load_engine, parse_engine
 from hwmodel.errors import DeviceFileError, RequestError, UnknownNameError
 from hwmodel.memory import KV_TYPES
 from hwmodel.model import step_shape
+from hwmodel.plan import make_plan
 from hwmodel.quant import FAMILIES, QUANTS
 from hwmodel.request import make_request
 from hwmodel.run import Placement
@@ -65,6 +66,8 @@ def test_fp8_on_amd_needs_a_device_with_that_arithmetic() -> None:
         for device in ("rx7900xtx", "ryzen-ai-max-395", "mi250x", "mi300x", "r9700", "rtx3090")
     }
     assert [d for d, can in able.items() if can] == ["mi300x", "r9700", "rtx3090"]
+    asked = make_request("mi250x", step_shape(), quant="FP8-experts", engine="vllm")
+    assert make_plan(asked).problem.endswith("mi250x: vLLM needs FP8 arithmetic for it")
 
 
 @pytest.mark.parametrize(
