@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -73,7 +74,7 @@ def test_cores_are_seconds_over_the_time_between(monkeypatch: pytest.MonkeyPatch
     readings = iter([{A: Used(1.0, 0.0)}, {A: Used(1.3, 0.0)}])
     clock = iter([10.0, 10.5])
     monkeypatch.setattr(others, "_others", lambda: next(readings))
-    monkeypatch.setattr(others.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(others, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert other_cores(wait=lambda _: None) == 0.6
 
 
