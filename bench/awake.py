@@ -1,9 +1,10 @@
 """Keeping processors awake while something is timed.
 
-A virtual processor that sleeps is woken wherever its host sees fit, often where two of them share
-one path to memory: two threads then read at the speed of one, for seconds or minutes, and the
-system inside cannot see why. Loops of the lowest priority (Linux's SCHED_IDLE, which gives way to
-anything else at once) keep every processor busy, so that it stays where it is.
+On a virtual machine two threads at times read memory at the speed of one, for seconds or minutes,
+and the system inside cannot see why; probably the host woke two processors that had slept where
+they share one path to memory. What was measured: after all of them have slept for a second the
+speed is another one, mostly the good one (`Awake.move`). Loops of the lowest priority (Linux's
+SCHED_IDLE, which gives way to anything else at once) keep every processor busy in between.
 """
 
 from __future__ import annotations
